@@ -1,0 +1,1 @@
+"""The frozen encoders (text, vision-language, VAE) and the cache of what they produce."""

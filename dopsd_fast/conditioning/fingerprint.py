@@ -1,0 +1,44 @@
+"""Content hashes of model folders: the cache's answer to "is this still the same encoder?"."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ..errors import UserError
+
+NOT_READ = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".md", ".txt~"}  # never loaded, so they decide nothing
+
+
+def hash_folder(folder: Path) -> str:
+    """sha256 over the sorted (relative name, sha256 of the content) of every file that a loader may read.
+
+    Files are streamed, several at a time; hidden files and formats that are never loaded are left out.
+    """
+    if not folder.is_dir():
+        raise UserError(f"model part missing: {folder} is not a folder")
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file()
+        and file.suffix not in NOT_READ
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+    with ThreadPoolExecutor(4) as pool:  # hashlib releases the GIL
+        digests = list(pool.map(_hash_file, files))
+    return digest([[file.relative_to(folder).as_posix(), value] for file, value in zip(files, digests, strict=True)])
+
+
+def digest(value: object) -> str:
+    """sha256 of a JSON-able value, independent of dict order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _hash_file(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error

@@ -1,0 +1,11 @@
+"""The one exception whose text is meant for the person at the keyboard."""
+
+
+class UserError(Exception):
+    """Something the user can put right. The text is one line: what is wrong, where, and what to do about it.
+
+    The entry point prints it without a traceback and exits with a code that is not 0.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))

@@ -1,0 +1,312 @@
+"""What every model family offers, in the convention t = 0 noise, t = 1 image, v = image - noise."""
+
+from __future__ import annotations
+
+import gc
+import json
+from abc import ABC, abstractmethod
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..conditioning.fingerprint import digest, hash_folder
+from ..conditioning.text import load_pretrained, load_text_encoder, load_tokenizer
+from ..errors import UserError
+from ..settings import embedded
+from ..trajectory import shifted_grid
+
+Context = dict[str, Tensor]
+
+PARTS = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
+OTHER_SCHEDULES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "shift_terminal")
+
+
+class Family(ABC):
+    """One pipeline folder, seen through its family's eyes. Nothing heavy is read before a `load_*` method is called."""
+
+    name: ClassVar[str]
+    pipeline_class: ClassVar[str]
+    transformer_class: ClassVar[str]
+    vae_class: ClassVar[str]
+    contexts: ClassVar[tuple[str, ...]]
+    """Accepted values of `conditioning.context`; the first is what "auto" means."""
+    deployment_steps: ClassVar[int]
+    """Function evaluations of ordinary sampling."""
+    guidance_scale: ClassVar[float]
+    """What the pipeline must be called with to sample without classifier-free guidance."""
+    thinking: ClassVar[bool]
+    hidden_layers: ClassVar[tuple[int, ...]]
+    """Which hidden states of the text encoder make a text context."""
+
+    def __init__(self, path: Path, conditioning: Any):
+        self.path = path
+        self.conditioning = conditioning
+        self.index = read_json(path / "model_index.json")
+        for part in PARTS:
+            if not (path / part).is_dir():
+                raise UserError(f"{path}: part {part}/ is missing, a complete {self.pipeline_class} folder has {', '.join(PARTS)}")
+        wanted = getattr(conditioning, "context", "auto")
+        if wanted not in ("auto", *self.contexts):
+            raise UserError(f"conditioning.context={wanted}: {self.name} has {', '.join(self.contexts)}")
+        self.context = self.contexts[0] if wanted == "auto" else wanted
+        self.transformer_config = read_json(path / "transformer" / "config.json")
+        self.vae_config = read_json(path / "vae" / "config.json")
+        self.scheduler_config = read_json(path / "scheduler" / "scheduler_config.json")
+        unknown = [field for field in OTHER_SCHEDULES if self.scheduler_config.get(field)]
+        if unknown:
+            raise UserError(f"{path / 'scheduler'}: {unknown[0]} is not supported, only plain flow-matching sigmas are")
+        self._fingerprints: dict[tuple[str, torch.dtype], str] = {}
+        self._hashes: dict[Path, str] = {}
+
+    # ---- geometry and schedule -------------------------------------------------------------------------------------
+
+    @property
+    def pixel_multiple(self) -> int:
+        """Image sides are multiples of this: the VAE's reduction times the transformer's 2x2 patch."""
+        return 2 * 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @abstractmethod
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latent of an image of height x width pixels; `UserError` for a size the model cannot take."""
+
+    def _check_size(self, height: int, width: int) -> None:
+        if height < 1 or width < 1 or height % self.pixel_multiple or width % self.pixel_multiple:
+            raise UserError(f"image size {height}x{width}: both sides must be multiples of {self.pixel_multiple}")
+
+    @abstractmethod
+    def _model_shift(self, steps: int, latent_shape: tuple[int, ...]) -> float:
+        """The scheduler's own shift s of sigma' = s*sigma / (1 + (s-1)*sigma)."""
+
+    def train_grid(self, num_states: int, shift: float, latent_shape: tuple[int, ...]) -> list[float]:
+        """t_0 = 0 .. t_K = 1 (K + 1 values) at static `shift`; 0 means the model's own scheduler."""
+        return shifted_grid(num_states, shift or self._model_shift(num_states, latent_shape))
+
+    def sample_grid(self, steps: int, latent_shape: tuple[int, ...]) -> list[float]:
+        """The grid of the pipeline called with explicit sigmas 1, 1 - 1/steps, .., 1/steps; 0 steps: the usual count."""
+        return self.train_grid(steps or self.deployment_steps, 0.0, latent_shape)
+
+    # ---- transformer -----------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def lora_targets(self) -> tuple[str, ...]:
+        """Module names (or their endings) that LoRA adapts unless `adapter.targets` says otherwise."""
+
+    def load_transformer(self, dtype: torch.dtype) -> nn.Module:
+        """The transformer in `dtype`, eval mode, on CPU, from (sharded) safetensors; never a second copy in memory."""
+        return load_pretrained(
+            _diffusers(self.transformer_class), self.path / "transformer", torch_dtype=dtype, low_cpu_mem_usage=True
+        ).requires_grad_(True)
+
+    def meta_transformer(self) -> nn.Module:
+        """The same model on the meta device, from its config alone."""
+        with torch.device("meta"):
+            return _diffusers(self.transformer_class).from_config(self.transformer_config).eval()
+
+    @abstractmethod
+    def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, contexts: list[Context]) -> Tensor:
+        """v `[B, C, h, w]` at states `x` `[B, C, h, w]`, times `t` `[B]` in [0, 1]; one context per item.
+
+        Computed in the transformer's dtype, returned in x's. Items may have contexts of unequal length.
+        """
+
+    # ---- latents and pixels ----------------------------------------------------------------------------------------
+
+    def load_vae(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        return load_pretrained(_diffusers(self.vae_class), self.path / "vae", torch_dtype=dtype)
+
+    @torch.no_grad()
+    def decode(self, vae: nn.Module, latents: Tensor) -> list[Image.Image]:
+        """PIL images of latents `[B, C, h, w]` (at t = 1), one by one."""
+        images: list[Image.Image] = []
+        for latent in latents.to(vae.device, vae.dtype).split(1):
+            pixels = vae.decode(self._to_vae(vae, latent), return_dict=False)[0]
+            images += self._image_processor().postprocess(pixels, output_type="pil")
+        return images
+
+    @torch.no_grad()
+    def encode_image(self, vae: nn.Module, image: Image.Image) -> Tensor:
+        """x_1 `[C, h, w]` of an image whose sides are multiples of `pixel_multiple`: the VAE's mode, normalised."""
+        self._check_size(image.height, image.width)
+        pixels = self._image_processor().preprocess(image).to(vae.device, vae.dtype)
+        return self._from_vae(vae, vae.encode(pixels).latent_dist.mode())[0]
+
+    @abstractmethod
+    def _from_vae(self, vae: nn.Module, latent: Tensor) -> Tensor:
+        """The VAE's latent -> the transformer's normalised one."""
+
+    @abstractmethod
+    def _to_vae(self, vae: nn.Module, latent: Tensor) -> Tensor:
+        """Inverse of `_from_vae`."""
+
+    def _image_processor(self):
+        from diffusers.image_processor import VaeImageProcessor
+
+        return VaeImageProcessor(vae_scale_factor=self.pixel_multiple)
+
+    # ---- conditioning ----------------------------------------------------------------------------------------------
+
+    def load_encoders(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Encoders:
+        """The frozen encoders; each is read when first asked for."""
+        return Encoders(self, torch.device(device), dtype)
+
+    @abstractmethod
+    def student_context(self, encoders: Encoders, prompt: str) -> Context: ...
+
+    @abstractmethod
+    def teacher_context(self, encoders: Encoders, prompt: str, images: list[Image.Image]) -> Context: ...
+
+    @abstractmethod
+    def _teacher_parts(self) -> tuple[list[Path], dict[str, Any]]:
+        """Folders and settings that decide a teacher context, beyond what decides a student context."""
+
+    @property
+    def vlm_folder(self) -> Path:
+        given = self.conditioning.vlm_path
+        return embedded(given, "pipeline") if given else self.path / "vlm"
+
+    def fingerprint(self, kind: str, dtype: torch.dtype = torch.float32) -> str:
+        """Content hash of everything but the record that decides contexts of `kind` (student | teacher | latents)."""
+        if (kind, dtype) not in self._fingerprints:
+            text = [self.path / "text_encoder", self.path / "tokenizer"], {"tokens": self.conditioning.max_text_tokens}
+            if kind == "student":
+                folders, settings = text
+            elif kind == "teacher":
+                folders, settings = self._teacher_parts()
+                folders, settings = folders + text[0], settings | text[1]
+            elif kind == "latents":
+                folders, settings = [self.path / "vae"], {}
+            else:
+                raise ValueError(f"unknown kind of context {kind!r}")
+            hashes = [self._hash(folder) for folder in folders]
+            precision = "float32" if kind == "latents" else str(dtype)
+            self._fingerprints[kind, dtype] = digest([self.name, kind, precision, hashes, settings])
+        return self._fingerprints[kind, dtype]
+
+    def _hash(self, folder: Path) -> str:
+        if folder not in self._hashes:
+            self._hashes[folder] = hash_folder(folder)
+        return self._hashes[folder]
+
+    # ---- export ----------------------------------------------------------------------------------------------------
+
+    def save_lora(self, folder: Path, state: dict[str, Tensor], peft_config) -> None:
+        """Writes one adapter for both loaders into `folder`.
+
+        `adapter_model.safetensors` + `adapter_config.json` (PEFT), and `pytorch_lora_weights.safetensors` with its
+        `transformer_lora_adapter_metadata` (diffusers: without it alpha would silently become rank). `state`: LoRA
+        tensors, named as PEFT or the module tree names them, with or without the adapter's name.
+        """
+        import copy
+
+        from safetensors.torch import save_file
+
+        plain = {plain_lora_name(name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        if len(plain) != len(state):
+            raise ValueError("state holds more than one adapter")
+        config = copy.copy(peft_config)
+        config.inference_mode = True
+        config.target_modules = sorted(config.target_modules)
+        folder.mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(str(folder))
+        save_file(
+            {f"base_model.model.{name}": tensor for name, tensor in plain.items()},
+            folder / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
+        _diffusers(self.pipeline_class).save_lora_weights(
+            folder, transformer_lora_layers=plain, transformer_lora_adapter_metadata=config.to_dict()
+        )
+
+
+class Encoders:
+    """Tokenizer, text encoder, VAE and what the family's teacher adds, each loaded at its first use.
+
+    Every sample is encoded on its own, so a result depends on nothing but its own prompt and images.
+    """
+
+    def __init__(self, family: Family, device: torch.device, dtype: torch.dtype):
+        self.family, self.device, self.dtype = family, device, dtype
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {kind: self.family.fingerprint(kind, self.dtype) for kind in ("student", "teacher", "latents")}
+
+    @cached_property
+    def tokenizer(self):
+        return load_tokenizer(self.family.path / "tokenizer")
+
+    @cached_property
+    def text_encoder(self):
+        class_name = self.family.index["text_encoder"][1]
+        return load_text_encoder(self.family.path / "text_encoder", class_name, self.device, self.dtype)
+
+    @cached_property
+    def vae(self):
+        return self.family.load_vae().to(self.device)
+
+    @cached_property
+    def vlm(self):
+        from ..conditioning.vlm import VisionLanguageEncoder
+
+        c = self.family.conditioning
+        return VisionLanguageEncoder(self.family.vlm_folder, self.text_encoder, c.min_pixels, c.max_pixels, c.max_vlm_tokens)
+
+    def student(self, prompts: list[str]) -> list[Context]:
+        return [_stored(self.family.student_context(self, prompt)) for prompt in prompts]
+
+    def teacher(self, prompts: list[str], images: list[list[Image.Image]]) -> list[Context]:
+        pairs = zip(prompts, images, strict=True)
+        return [_stored(self.family.teacher_context(self, prompt, pictures)) for prompt, pictures in pairs]
+
+    def latents(self, images: list[Image.Image]) -> list[Tensor]:
+        """x_1 of each image: `[C, h, w]` float32 on CPU."""
+        return [self.family.encode_image(self.vae, image).float().cpu() for image in images]
+
+    def release(self) -> None:
+        """Frees the models; a later call loads them again."""
+        for part in ("tokenizer", "text_encoder", "vae", "vlm"):
+            self.__dict__.pop(part, None)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _stored(context: Context) -> Context:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in context.items()}
+
+
+def plain_lora_name(name: str) -> str:
+    """`base_model.model.a.b.lora_A.student.weight` -> `a.b.lora_A.weight`."""
+    name = name.removeprefix("base_model.model.").removeprefix("transformer.")
+    head, middle, tail = name.partition(".lora_")
+    matrix, *rest = tail.split(".")
+    if not middle or not rest or matrix not in ("A", "B"):
+        raise ValueError(f"{name} is not the name of a LoRA matrix")
+    return f"{head}.lora_{matrix}.{rest[-1]}"
+
+
+def model_dtype(transformer: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in transformer.parameters() if p.is_floating_point())
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{file} is missing: model.path must be a pipeline folder in diffusers layout") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file} is not a JSON object")
+    return value
+
+
+def _diffusers(name: str):
+    import diffusers
+
+    return getattr(diffusers, name)

@@ -1,0 +1,112 @@
+"""Z-Image. The transformer takes t and returns v as this project does; the diffusers pipeline negates it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..conditioning.text import encode_prompt
+from ..conditioning.vlm import check_vlm_folder
+from ..errors import UserError
+from .base import Context, Encoders, Family, model_dtype
+
+CAPTION_MULTIPLE = 32  # diffusers pads caption and image tokens to multiples of this inside the sequence
+
+
+class ZImage(Family):
+    """Contexts: {"text": `[T, D]`}. Latents: `[16, h/8, w/8]` for the published VAE, (latent - shift) * scale."""
+
+    name = "zimage"
+    pipeline_class = "ZImagePipeline"
+    transformer_class = "ZImageTransformer2DModel"
+    vae_class = "AutoencoderKL"
+    contexts = ("vlm",)
+    deployment_steps = 8
+    guidance_scale = 0.0
+    thinking = True
+    hidden_layers = (-2,)
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        attention = tuple(f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
+        return attention + tuple(f"feed_forward.{name}" for name in ("w1", "w2", "w3"))
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        self._check_size(height, width)
+        limit_h, limit_w = (length * self.pixel_multiple for length in self._axes_lens[1:])
+        if height > limit_h or width > limit_w:
+            raise UserError(f"image size {height}x{width}: the model's rotary tables end at {limit_h}x{limit_w}")
+        scale = self.pixel_multiple // 2
+        return self.vae_config["latent_channels"], height // scale, width // scale
+
+    def _model_shift(self, steps: int, latent_shape: tuple[int, ...]) -> float:
+        from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
+
+        config = self.scheduler_config
+        if not config.get("use_dynamic_shifting"):
+            return float(config.get("shift", 1.0))
+        tokens = (latent_shape[-2] // 2) * (latent_shape[-1] // 2)
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        mu = calculate_shift(tokens, *(config.get(n, d) for n, d in zip(names, (256, 4096, 0.5, 1.15), strict=True)))
+        return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+
+    def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, contexts: list[Context]) -> Tensor:
+        """v = transformer(x, t, text). Raises `UserError` for a context longer than the rotary tables."""
+        dtype = model_dtype(transformer)
+        for context in contexts:
+            self._check_tokens(len(context["text"]))
+        out = transformer(
+            list(x.to(dtype).unsqueeze(2).unbind(0)),
+            t.float(),
+            [context["text"].to(x.device, dtype) for context in contexts],
+            return_dict=False,
+        )[0]
+        return torch.stack(list(out)).squeeze(2).to(x.dtype)
+
+    def student_context(self, encoders: Encoders, prompt: str) -> Context:
+        """Equals `ZImagePipeline.encode_prompt` at `max_sequence_length = conditioning.max_text_tokens`."""
+        states, mask = encode_prompt(
+            encoders.text_encoder,
+            encoders.tokenizer,
+            prompt,
+            self.hidden_layers,
+            self.thinking,
+            self.conditioning.max_text_tokens,
+        )
+        return self._checked(states[mask, 0], prompt)
+
+    def teacher_context(self, encoders: Encoders, prompt: str, images: list[Image.Image]) -> Context:
+        return self._checked(encoders.vlm.encode(prompt, images), prompt)
+
+    def _teacher_parts(self) -> tuple[list[Path], dict[str, Any]]:
+        c = self.conditioning
+        check_vlm_folder(self.vlm_folder)
+        return [self.vlm_folder], {"vlm_tokens": c.max_vlm_tokens, "pixels": [c.min_pixels, c.max_pixels]}
+
+    def _from_vae(self, vae: nn.Module, latent: Tensor) -> Tensor:
+        return (latent - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+    def _to_vae(self, vae: nn.Module, latent: Tensor) -> Tensor:
+        return latent / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+
+    @property
+    def _axes_lens(self) -> list[int]:
+        return self.transformer_config.get("axes_lens", [1024, 512, 512])
+
+    def _checked(self, text: Tensor, prompt: str) -> Context:
+        self._check_tokens(len(text), f" of prompt {prompt[:60]!r}")
+        return {"text": text}
+
+    def _check_tokens(self, tokens: int, what: str = "") -> None:
+        # Caption ids run from 1 to the padded length and every image token has the id after them.
+        limit = (self._axes_lens[0] - 2) // CAPTION_MULTIPLE * CAPTION_MULTIPLE
+        if tokens > limit:
+            raise UserError(
+                f"{tokens} caption tokens{what}: the transformer's rotary table takes {limit}; lower "
+                "conditioning.max_text_tokens, conditioning.max_vlm_tokens or conditioning.max_pixels"
+            )

@@ -1,0 +1,1 @@
+"""The embedded world: procedural pictures, a genuine tiny pipeline trained on them, and the means to measure it."""

@@ -1,0 +1,95 @@
+"""The end of a run: student and teacher exported, read back, and compared with the live model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from dopsd_fast.errors import UserError
+from dopsd_fast.export import export_full, export_lora
+from dopsd_fast.families import open_family
+from dopsd_fast.sampling import rollout
+
+if TYPE_CHECKING:
+    from dopsd_fast.trainer import Trainer
+
+LARGEST_DIFFERENCE = 2
+"""Of 255, in the worst pixel: reloaded weights are equal, what may differ is the order of sums in a merged kernel."""
+
+
+def publish(trainer: Trainer) -> list[str]:
+    """Writes `export/` (student) and, for an EMA teacher, `export_teacher/`; lines that say where and how to use them."""
+    lines = []
+    for branch, name in (("student", "export"), ("teacher", "export_teacher")):
+        if branch == "teacher" and not trainer.engine.keeps_ema:
+            continue
+        out = trainer.folder / name
+        _export(trainer, branch, out)
+        difference = _compare(trainer, branch, out)
+        lines.append(f"{name + '/':14} {branch}, read back: pixels differ by at most {difference} of 255")
+    return lines + _how_to_sample(trainer)
+
+
+def _export(trainer: Trainer, branch: str, out: Path) -> None:
+    tensors = trainer.engine.full_tensors(branch)
+    problem = ""
+    if trainer.rank == 0:
+        try:
+            if trainer.pair.lora_config is None:
+                export_full(trainer.family, tensors, out)
+            else:
+                export_lora(trainer.family, dict(tensors), trainer.pair.lora_config, out)
+        except UserError as error:
+            problem = str(error)
+    for _ in tensors:  # the other ranks take part in every gather, and so does rank 0 after a failure
+        pass
+    if trainer.engine.any(bool(problem)):
+        raise UserError(problem or f"rank 0 could not write {out}")
+
+
+def _compare(trainer: Trainer, branch: str, out: Path) -> int:
+    """Largest pixel difference between the live branch and what was read back, on the first record's prompt."""
+    shown = replace(trainer.showcase.row(trainer.data.records[0]), record=None)
+    live = trainer.showcase.latent(branch, shown, 0)
+    difference = 0
+    if trainer.rank == 0:
+        family = trainer.family
+        if trainer.pair.lora_config is None:
+            model = open_family(out, family.conditioning).load_transformer(trainer.dtype)
+        else:
+            model = family.load_transformer(trainer.dtype)
+            model.load_lora_adapter(out, weight_name="pytorch_lora_weights.safetensors", prefix="transformer")
+            model.to(trainer.dtype)
+        model.to(trainer.device)
+        noise = trainer.showcase.noise(shown, 0)
+        grid = family.sample_grid(trainer.settings.sample.steps, tuple(noise.shape[1:]))
+        again = rollout(family, model, noise, [trainer.context("student", shown.prompt)], grid)
+        del model
+        pair = [np.asarray(picture, dtype=int) for latent in (live, again)
+                for picture in family.decode(trainer.showcase.vae, latent)]
+        difference = int(np.abs(pair[0] - pair[1]).max())
+    difference = trainer.engine.gather_int(difference)[0]
+    if difference > LARGEST_DIFFERENCE:
+        raise UserError(f"{out} was read back and draws another picture (pixels differ by up to {difference} of 255): "
+                        "the checkpoints are good, do not use this export")
+    if trainer.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return difference
+
+
+def _how_to_sample(trainer: Trainer) -> list[str]:
+    family, out = trainer.family, trainer.folder / "export"
+    full = trainer.pair.lora_config is None
+    steps = trainer.settings.sample.steps or family.deployment_steps
+    return [
+        "to sample from it:",
+        f"  from diffusers import {family.pipeline_class}",
+        f'  pipe = {family.pipeline_class}.from_pretrained("{out if full else family.path}")',
+        *([] if full else [f'  pipe.load_lora_weights("{out}")']),
+        f'  pipe("...", sigmas=[1 - i / {steps} for i in range({steps})], guidance_scale={family.guidance_scale:g}, '
+        f"height={trainer.data.records[0].height}, width={trainer.data.records[0].width}).images[0]",
+    ]

@@ -1,0 +1,300 @@
+"""Every setting of a run: its name, type, default and meaning.
+
+`load_settings` layers three sources, later ones winning: the defaults below, a recipe, and `field=value` arguments. How
+the layers are read is in settings_source.py; what must hold for a single field stands in its type, and what must hold
+between fields in `_contradictions`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from dopsd_fast import settings_source
+from dopsd_fast.errors import UserError
+
+PACKAGE = Path(__file__).resolve().parent
+RECIPES = PACKAGE / "recipes"
+DEFAULT_RECIPE = "nano_full"
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _pair(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _no_zero_byte(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("must not contain a zero byte")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_no_zero_byte)]
+
+
+def embedded(value: str, part: str) -> Path:
+    """The folder or file that a path setting names: "nano" and "nano/..." lie inside the package, others on the disk.
+
+    part: "pipeline" or "data", the embedded folder that "nano" stands for.
+    """
+    head, _, rest = value.partition("/")
+    if head == "nano":
+        return PACKAGE / "nano" / part / rest
+    return Path(value).expanduser()
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelSettings(Section):
+    path: Text = "nano"
+    """Pipeline folder in the diffusers layout; "nano" is the embedded one."""
+    family: Literal["auto", "zimage", "flux2_klein"] = "auto"
+    """Model family; auto reads it from the folder's model_index.json."""
+
+    @property
+    def folder(self) -> Path:
+        return embedded(self.path, "pipeline")
+
+
+class DataSettings(Section):
+    path: Text = "nano"
+    """Data set: a .jsonl file, a folder with metadata.jsonl or one .jsonl below it, or a folder of images with .txt
+    captions; "nano" is the embedded one."""
+    root: Text = ""
+    """Folder that relative image paths start from; empty: found by looking where the first image lies."""
+    resolution: Annotated[int, Field(ge=8, le=16384)] = 32
+    """Side in pixels of the square bucket; the other aspect ratios are scaled with it."""
+    prompt_keys: list[Text] = []
+    """Names of the prompt fields to draw from; empty: every text field of a record."""
+    repeats: Positive = 1
+    """How often each record appears in one epoch, each time with its own noise and prompt."""
+    skip_bad: bool = False
+    """Leave out bad records, count them and list them at the end, instead of stopping at the first one."""
+
+    @property
+    def source(self) -> Path:
+        return embedded(self.path, "data")
+
+
+class TrainSettings(Section):
+    steps: Positive = 100
+    """Number of optimizer steps."""
+    batch_size: Positive = 8
+    """Samples per rank in one forward."""
+    accumulation: Positive = 1
+    """Forwards per optimizer step; gradients are summed in fp32."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    """Learning rate after warm-up."""
+    warmup: NonNegative = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after warm-up: constant, or a cosine down to 0 at the last step."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    betas: Annotated[tuple[Fraction, Fraction], BeforeValidator(_pair)] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    grad_clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Noise, times, prompt choice and order are functions of it."""
+    precision: Literal["bf16", "fp32"] = "fp32"
+    """Dtype of weights and activations; the optimizer's master copy and the EMA are fp32 either way."""
+    recompute: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    threads: Annotated[int, Field(ge=0, le=4096)] = 0
+    """CPU threads per rank; 0 leaves torch's own choice."""
+
+
+class MethodSettings(Section):
+    name: Literal["dopsd", "sft"] = "dopsd"
+    """dopsd: on-policy self-distillation. sft: supervised flow matching, the paper's baseline."""
+    weight: Literal["v", "x1", "mu"] = "v"
+    """Weight of state k in the D-OPSD loss: v = 1, x1 = (1 - t_k)^2, mu = (t_{k+1} - t_k)^2."""
+    states: Literal["on_policy", "off_policy"] = "on_policy"
+    """States that student and teacher are compared at: the student's own trajectory, or noised target images."""
+    num_states: Annotated[int, Field(ge=1, le=1000)] = 4
+    """K, the length of the training trajectory."""
+    shift: Annotated[float, Field(ge=0)] = 0.0
+    """Time shift of the training grid; 0 is the model's own."""
+    backward: Literal["per_state", "k_graphs"] = "per_state"
+    """per_state holds one graph at a time; k_graphs holds all K until the end, as published. Both give one gradient."""
+
+
+class TeacherSettings(Section):
+    kind: Literal["ema", "frozen", "student"] = "ema"
+    """ema: running average of the student. frozen: the starting weights. student: the live weights (collapses)."""
+    ema_decay: Annotated[float, Field(ge=0, le=1)] = 0.9999
+    """Decay of the average per optimizer step."""
+
+
+class AdapterSettings(Section):
+    kind: Literal["full", "lora"] = "full"
+    """full trains every weight of the transformer, lora a low-rank adapter."""
+    rank: Positive = 64
+    """LoRA rank."""
+    alpha: Annotated[float, Field(gt=0)] = 128.0
+    """LoRA alpha; the update is scaled by alpha / rank."""
+    targets: list[Text] = []
+    """Endings of the module names that get an adapter; empty: the family's list."""
+
+
+class ConditioningSettings(Section):
+    cache: Literal["off", "memory", "disk"] = "memory"
+    """Where text, image and latent contexts are kept once computed; off computes them at every step."""
+    folder: Text = ""
+    """Folder of the disk cache; empty: a folder named context_cache beside the run folder."""
+    vlm_path: Text = ""
+    """Folder of the vision-language model that the teacher reads the image with; empty: vlm inside model.path."""
+    context: Literal["auto", "vlm", "edit"] = "auto"
+    """How the teacher sees the target image: vlm (Z-Image), edit (FLUX.2); auto is the family's own."""
+    min_pixels: NonNegative = 0
+    """Fewest pixels of an image that the vision-language model is shown; 0 is its processor's own."""
+    max_pixels: NonNegative = 0
+    """Most pixels of an image that the vision-language model is shown; 0 is its processor's own."""
+    max_text_tokens: Positive = 512
+    """Longest prompt of the student, in tokens."""
+    max_vlm_tokens: Positive = 1024
+    """Longest prompt and image of the teacher, in tokens."""
+    edit_instruction: Text = "Keep the main subject, the background and the composition of the reference image."
+    """Appended to the prompt in the edit context."""
+
+
+class SampleSettings(Section):
+    prompts: list[Text] = []
+    """Prompts shown in the sample grids besides those of the data set."""
+    every: NonNegative = 50
+    """Steps between sample grids; 0 draws them only at the start and at the end."""
+    steps: NonNegative = 0
+    """Function evaluations per sample; 0 is the family's deployment count."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the noise that every grid starts from."""
+    count: NonNegative = 4
+    """Number of records shown in the grids."""
+
+
+class DeepSpeedSettings(Section):
+    stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """ZeRO stage."""
+    config: dict[str, Any] = {}
+    """Further DeepSpeed settings, passed through."""
+
+
+class CheckpointSettings(Section):
+    every: NonNegative = 50
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep: Positive = 2
+    """Number of checkpoints kept; the oldest goes once a new one is complete."""
+
+
+class OutputSettings(Section):
+    dir: Text = ""
+    """Run folder; empty: a new one under runs/."""
+
+
+class Settings(Section):
+    recipe: Text = ""
+    """Name of the recipe that the settings started from."""
+    resume: Text = "auto"
+    """auto continues output.dir if its settings match; never starts anew; a path continues that checkpoint or run."""
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    method: MethodSettings = MethodSettings()
+    teacher: TeacherSettings = TeacherSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    conditioning: ConditioningSettings = ConditioningSettings()
+    sample: SampleSettings = SampleSettings()
+    deepspeed: DeepSpeedSettings = DeepSpeedSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    output: OutputSettings = OutputSettings()
+
+    @property
+    def vlm_folder(self) -> Path:
+        """conditioning.vlm_path, or its default inside the model folder."""
+        given = self.conditioning.vlm_path
+        return embedded(given, "pipeline") if given else self.model.folder / "vlm"
+
+    def to_toml(self) -> str:
+        """Every setting as TOML; `load_settings([that file])` gives an equal Settings."""
+        return settings_source.write_toml(self.model_dump())
+
+
+def load_settings(argv: list[str]) -> Settings:
+    """Settings from `[RECIPE | FILE.toml] [field=value ...]`; without a recipe, nano_full.
+
+    A value is read as TOML (`1e-4`, `true`, `["a", "b"]`), or else taken as it stands (`runs/first`). The launcher's
+    `--local_rank` and a request for help are passed over. Raises UserError: unknown recipe or field, file that is
+    missing or not TOML, wrong type, number out of range, settings that contradict each other.
+    """
+    layers = settings_source.read_layers(argv, Settings, RECIPES, DEFAULT_RECIPE)
+    settings: Settings = settings_source.validate(Settings, layers)
+    for problem in _contradictions(settings):
+        raise UserError(f"impossible combination: {problem}")
+    return settings
+
+
+def wants_help(argv: list[str]) -> bool:
+    return any(word in ("--help", "-h") for word in argv)
+
+
+def help_text() -> str:
+    """What `--help` prints: usage, recipes, and every field with type, default and meaning."""
+    recipes = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
+    return settings_source.describe(Settings, recipes, DEFAULT_RECIPE)
+
+
+def _contradictions(s: Settings) -> list[str]:
+    found = []
+    if s.method.name == "sft" and s.method.states == "off_policy":
+        found.append("method.states=off_policy chooses D-OPSD's states, method.name=sft has none: drop one of them")
+    if s.method.name == "sft" and s.method.backward == "k_graphs":
+        found.append("method.backward=k_graphs needs K states, method.name=sft has one: drop one of them")
+    if s.adapter.kind == "full" and s.adapter.targets:
+        found.append("adapter.targets names LoRA modules, adapter.kind=full trains every weight: drop one of them")
+    if s.conditioning.max_pixels and s.conditioning.min_pixels > s.conditioning.max_pixels:
+        found.append(
+            f"conditioning.min_pixels={s.conditioning.min_pixels} is larger than "
+            f"conditioning.max_pixels={s.conditioning.max_pixels}"
+        )
+    family_context = {"zimage": "vlm", "flux2_klein": "edit"}.get(s.model.family)
+    if family_context and s.conditioning.context not in ("auto", family_context):
+        found.append(
+            f"conditioning.context={s.conditioning.context} with model.family={s.model.family}: "
+            f"that family has {family_context}"
+        )
+    return found + _deepspeed_contradictions(s)
+
+
+def _deepspeed_contradictions(s: Settings) -> list[str]:
+    """DeepSpeed keys that this program sets itself: deepspeed.config may repeat our value or say "auto", no other."""
+    ours = {
+        "train_micro_batch_size_per_gpu": ("train.batch_size", s.train.batch_size),
+        "gradient_accumulation_steps": ("train.accumulation", s.train.accumulation),
+        "gradient_clipping": ("train.grad_clip", s.train.grad_clip),
+        "zero_optimization.stage": ("deepspeed.stage", s.deepspeed.stage),
+        "bf16.enabled": ("train.precision", s.train.precision == "bf16"),
+        "fp16.enabled": ("train.precision", False),
+    }
+    found = []
+    for key, (name, value) in ours.items():
+        given: Any = s.deepspeed.config
+        for part in key.split("."):
+            given = given.get(part, "auto") if isinstance(given, dict) else "auto"
+        if given != "auto" and given != value:
+            shown = s.train.precision if name == "train.precision" else value
+            found.append(f"deepspeed.config has {key}={given!r}, {name} is {shown}: set {name} alone")
+    for key, instead in {
+        "train_batch_size": "train.batch_size and train.accumulation",
+        "optimizer": "train.learning_rate, train.betas and train.weight_decay",
+        "scheduler": "train.schedule and train.warmup",
+    }.items():
+        if s.deepspeed.config.get(key, "auto") != "auto":
+            found.append(f"deepspeed.config has {key}, which this program sets itself: use {instead}")
+    return found

@@ -1,0 +1,396 @@
+"""The distributed engine: DeepSpeed, ZeRO 0 to 3, on CUDA (NCCL) and CPU (gloo), with the EMA teacher kept on the shard."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dopsd_fast.deepspeed_config import deepspeed_config
+from dopsd_fast.errors import UserError
+from dopsd_fast.teacher import STUDENT, TEACHER, Pair, Trained
+
+if TYPE_CHECKING:
+    from dopsd_fast.settings import Settings
+
+Reader = Callable[[str, str, int, int], Tensor]
+"""(name, kind, offset, numel) -> flat tensor; kind "step" ignores the range and gives an int64 scalar."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+
+def init_distributed(timeout: timedelta = timedelta(hours=1)) -> Ranks:
+    """Joins the process group that the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*) describes, or starts a
+    group of one. A second call only reports."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's collectives
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # Would be compiled with g++ at the first start; only DeepSpeed's inference uses it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    local_rank = int(os.environ["LOCAL_RANK"])
+    accelerator.set_device(local_rank)
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    world = torch.distributed.get_world_size()
+    device = torch.device(accelerator.device_name(local_rank))
+    return Ranks(torch.distributed.get_rank(), world, local_rank, device)
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [offset, offset + numel) of a trained tensor, held by this rank at [start, start + numel) of `flat`, the tensor
+    that the optimizer knows."""
+
+    trained: Trained
+    offset: int
+    numel: int
+    flat: Tensor
+    start: int
+
+
+class Engine:
+    """`pair` under DeepSpeed with AdamW + EMA.
+
+        with engine.accumulating():         # any number of backwards: gradients are summed in fp32 on this rank
+            engine.backward(loss)
+        norm = engine.step(lr)              # reduced once, averaged over ranks; then AdamW, the EMA, the teacher's weights
+
+    The gradient of the step is the mean over ranks of the sum of its backwards: with losses that are means over a rank's items,
+    scaled by 1 / accumulation, it is the gradient of the global batch. An exception that leaves `accumulating` drops this
+    rank's gradients and reduces nothing.
+    precision=bf16: parameters are bf16; master weights, moments, EMA and gradient sums fp32.
+    """
+
+    def __init__(self, pair: Pair, settings: Settings) -> None:
+        from dopsd_kernels.adamw_ema import AdamWEMA
+
+        ranks = init_distributed()
+        self.pair, self.rank, self.world, self.device = pair, ranks.rank, ranks.world, ranks.device
+        self.stage = int(settings.deepspeed.stage)
+        self.teacher_kind = settings.teacher.kind
+        self._clip = float(settings.train.grad_clip)
+        self._trained = pair.trained()
+        params = [trained.student for trained in self._trained]
+        for param in params:
+            param.grad_dtype = torch.float32
+        self.keeps_ema = self.teacher_kind == "ema"
+        self.optimizer = AdamWEMA(
+            params,
+            lr=settings.train.learning_rate,
+            betas=(settings.train.betas[0], settings.train.betas[1]),
+            eps=settings.train.eps,
+            weight_decay=settings.train.weight_decay,
+            ema_decay=settings.teacher.ema_decay if self.keeps_ema else None,
+        )
+        self._engine = _initialize(pair, self.optimizer, deepspeed_config(settings))
+        self._zero = self._engine.optimizer if self.stage else None
+        if self.stage in (1, 2) and params[0].dtype != torch.float32:
+            # DeepSpeed's stage-1 path: sum in `param.grad_accum` and reduce from there, so that what is communicated is the
+            # fp32 sum. Its stage 2 would round the sum to bf16 first.
+            self._zero.gradient_accumulation_dtype = torch.float32
+            self._zero.use_separate_grad_accum = True
+            self._zero.use_grad_accum_attribute = True
+        self._fragments = list(self._find_fragments())
+        for flat in {id(f.flat): f.flat for f in self._fragments}.values():
+            self.optimizer.init_state(flat, self.keeps_ema)
+        self._teacher_flats = self._flatten_teacher() if self.stage in (1, 2) and self.keeps_ema else []
+        self.kinds = ("master", "exp_avg", "exp_avg_sq") + (("ema",) if self.keeps_ema else ())
+
+    # ---- one step -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Inside, `backward` adds to this rank's gradients; leaving reduces them over the ranks."""
+        scope = self._engine.coalesce_grad_reduction if self.stage else self._engine.no_sync
+        with scope():
+            try:
+                yield
+            except BaseException:
+                self._drop_gradients()
+                raise
+        if not self.stage:
+            for trained in self._trained:
+                if trained.student.grad is None:
+                    trained.student.grad = torch.zeros_like(trained.student, dtype=torch.float32)
+            self._engine.allreduce_gradients()
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of `loss` (scalar, used as it is)."""
+        self._engine.backward(loss)
+
+    def step(self, lr: float) -> float:
+        """One optimizer step; the global gradient norm before clipping, the same on every rank.
+
+        A norm that is not finite (inf or nan) is returned, and nothing changes: weights, moments, EMA and step counts stay.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self._zero is None:
+            norm = self._clip_gradients()
+            if not math.isfinite(norm):
+                self._drop_gradients()
+                return norm
+            self._engine.step()
+        else:
+            self._engine.step()
+            norm = float(self._engine.get_global_grad_norm())
+            if not self._engine.was_step_applied():
+                return norm if not math.isfinite(norm) else math.inf
+        self._refresh_teacher()
+        return norm
+
+    def _clip_gradients(self) -> float:
+        """Stage 0: what DeepSpeed's ZeRO optimizers do, with their formula."""
+        grads = [trained.student.grad for trained in self._trained]
+        norm = torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).norm()
+        if self._clip > 0:
+            factor = 1.0 / ((norm + 1e-6) / self._clip).clamp(min=1.0)
+            for grad in grads:
+                grad.mul_(factor)
+        return float(norm)
+
+    def _drop_gradients(self) -> None:
+        for trained in self._trained:
+            trained.student.grad = None
+            trained.student.grad_accum = None
+
+    # ---- where the optimizer's tensors are --------------------------------------------------------------------------------
+
+    def _find_fragments(self) -> Iterator[Fragment]:
+        for trained in self._trained:
+            param = trained.student
+            if self._zero is None:
+                yield Fragment(trained, 0, param.numel(), param, 0)
+            elif self.stage < 3:
+                mapping = param._hp_mapping  # None: no element of it is on this rank
+                if mapping is not None:
+                    inside, held = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
+                    yield Fragment(trained, inside.start, held.numel, flat, held.start)
+            else:
+                group, start, size = self._zero.grad_position[self._zero.get_param_id(param)]
+                offset = size * self.rank
+                numel = min(size, param.ds_numel - offset)  # the last ranks hold padding
+                if numel > 0:
+                    flat = self._zero.fp32_partitioned_groups_flat[group]
+                    yield Fragment(trained, offset, numel, flat, start)
+
+    def _state(self, fragment: Fragment, kind: str) -> Tensor:
+        """A flat fp32 view: "master", "exp_avg", "exp_avg_sq" or "ema" of the fragment."""
+        state = self.optimizer.state[fragment.flat]
+        whole = state.get("master", fragment.flat) if kind == "master" else state[kind]
+        return whole.detach().view(-1).narrow(0, fragment.start, fragment.numel)
+
+    # ---- the teacher's weights ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _refresh_teacher(self) -> None:
+        """Casts the EMA into the teacher's parameters, on every rank."""
+        if not self.keeps_ema:
+            return
+        if self.stage == 3:
+            self._write_partitions((f.trained.teacher, self._state(f, "ema")) for f in self._fragments)
+        elif self.stage == 0:
+            for fragment in self._fragments:
+                _of(fragment.trained.teacher).data.view(-1).copy_(self._state(fragment, "ema"))
+        else:
+            for group, whole in enumerate(self._teacher_flats):
+                parts = list(whole.chunk(self.world))
+                flat = self._zero.single_partition_of_fp32_groups[group]
+                parts[self.rank].copy_(self.optimizer.state[flat]["ema"])
+                torch.distributed.all_gather(parts, parts[self.rank].clone())
+
+    def _flatten_teacher(self) -> list[Tensor]:
+        """Stages 1 and 2: lays the teacher's parameters out as DeepSpeed laid out the student's, so that one gather per group
+        distributes the EMA."""
+        flats = [flat.clone() for flat in self._zero.bit16_groups_flat]
+        for trained in self._trained:
+            student, teacher = trained.student, _of(trained.teacher)
+            for source, flat in zip(self._zero.bit16_groups_flat, flats):
+                if student.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
+                    start = student.storage_offset() - source.storage_offset()
+                    view = flat.narrow(0, start, student.numel()).view(student.shape)
+                    view.copy_(teacher)
+                    teacher.data = view
+        return flats
+
+    def _write_partitions(self, values: Iterator[tuple[nn.Parameter | None, Tensor]]) -> None:
+        """Stage 3: overwrites this rank's partitions; parameters that DeepSpeed keeps gathered are gathered anew."""
+        gathered = [t for trained in self._trained for t in (trained.teacher, trained.student) if t is not None]
+        gathered = [param for param in gathered if param.ds_status.name == "AVAILABLE"]
+        if gathered:
+            gathered[0].partition(gathered)
+        for param, value in values:
+            param = _of(param)
+            param.ds_tensor.data.view(-1).narrow(0, 0, value.numel()).copy_(value)
+            param.ds_secondary_tensor = None
+        if gathered:
+            gathered[0].all_gather(gathered)
+
+    # ---- state in and out -----------------------------------------------------------------------------------------------------
+
+    def state_fragments(self) -> Iterator[tuple[str, int, dict[str, Tensor], int]]:
+        """(name, offset, {kind: flat fp32 CPU tensor}, optimizer step) for every fragment that this rank is to store; no
+        collective calls. Where all ranks hold the same (stage 0), only rank 0 stores. Kinds: `self.kinds`."""
+        if self.stage == 0 and self.rank != 0:
+            return
+        for fragment in self._fragments:
+            tensors = {kind: self._state(fragment, kind).cpu() for kind in self.kinds}
+            yield fragment.trained.name, fragment.offset, tensors, self.optimizer.state[fragment.flat]["step"]
+
+    def fragment_sizes(self) -> list[tuple[str, int, int]]:
+        """(name, offset, numel) of what `state_fragments` yields, in its order."""
+        if self.stage == 0 and self.rank != 0:
+            return []
+        return [(f.trained.name, f.offset, f.numel) for f in self._fragments]
+
+    @torch.no_grad()
+    def load_fragments(self, reader: Reader) -> None:
+        """The inverse of `state_fragments`, for any world size and stage: asks `reader` for the ranges of this rank, then casts
+        masters into the parameters and the EMA into the teacher."""
+        for fragment in self._fragments:
+            name = fragment.trained.name
+            for kind in self.kinds:
+                self._state(fragment, kind).copy_(reader(name, kind, fragment.offset, fragment.numel))
+            self.optimizer.state[fragment.flat]["step"] = int(reader(name, "step", 0, 1))
+        if self.stage == 0:
+            for fragment in self._fragments:
+                fragment.trained.student.data.view(-1).copy_(self._state(fragment, "master"))
+        elif self.stage == 3:
+            self._write_partitions((f.trained.student, self._state(f, "master")) for f in self._fragments)
+        else:
+            self._zero.update_lp_params()
+        self._refresh_teacher()
+
+    @torch.no_grad()
+    def full_tensors(self, which: str) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor) of every trained tensor and persistent buffer of "student" (fp32 master) or "teacher" (fp32 EMA;
+        frozen: its weights; kind=student: the student's), on the CPU of rank 0. Every rank must iterate to the end; the
+        others get empty tensors."""
+        if which not in (STUDENT, TEACHER):
+            raise ValueError(f"which is {which!r}, must be 'student' or 'teacher'")
+        mine: dict[str, list[Fragment]] = {}
+        for fragment in self._fragments:
+            mine.setdefault(fragment.trained.name, []).append(fragment)
+        for trained in self._trained:
+            shape = getattr(trained.student, "ds_shape", trained.student.shape)
+            whole = torch.zeros(shape.numel(), dtype=torch.float32, device=self.device)
+            for fragment in mine.get(trained.name, []):
+                value = self._value(fragment, which)
+                whole.narrow(0, fragment.offset, fragment.numel).copy_(value)
+            if self.stage:
+                torch.distributed.reduce(whole, dst=0)
+            yield trained.name, whole.view(shape).cpu() if self.rank == 0 else torch.empty(0)
+        if self.pair.lora_config is None:
+            for name, buffer in _persistent_buffers(self.pair.student):
+                yield name, buffer.detach().cpu() if self.rank == 0 else torch.empty(0)
+
+    def _value(self, fragment: Fragment, which: str) -> Tensor:
+        teacher = fragment.trained.teacher
+        if which == STUDENT or teacher is None:
+            return self._state(fragment, "master")
+        if self.keeps_ema:
+            return self._state(fragment, "ema")
+        if self.stage == 3:
+            return teacher.ds_tensor.view(-1).narrow(0, 0, fragment.numel)
+        return teacher.detach().view(-1).narrow(0, fragment.offset, fragment.numel)
+
+    # ---- among the ranks --------------------------------------------------------------------------------------------------------
+
+    def barrier(self) -> None:
+        self.gather_int(0)  # unlike torch.distributed.barrier, needs no device guess
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when `flag` is true on at least one."""
+        return any(self.gather_int(int(flag)))
+
+    def gather_int(self, value: int) -> list[int]:
+        """`value` of every rank, in rank order."""
+        mine = torch.tensor([value], dtype=torch.int64, device=self.device)
+        everyone = [torch.empty_like(mine) for _ in range(self.world)]
+        torch.distributed.all_gather(everyone, mine)
+        return [int(one) for one in everyone]
+
+    def mean(self, values: list[float]) -> list[float]:
+        """The mean over ranks of each value, in float64."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return (total / self.world).tolist()
+
+    @property
+    def trained_parameters(self) -> int:
+        """Number of trained numbers in the whole model."""
+        return sum(getattr(t.student, "ds_numel", t.student.numel()) for t in self._trained)
+
+    def describe(self) -> dict[str, Any]:
+        """What was chosen, for the run's files."""
+        return {
+            "zero_stage": self.stage,
+            "world": self.world,
+            "device": str(self.device),
+            "backend": torch.distributed.get_backend(),
+            "parameter_dtype": str(self._trained[0].student.dtype).removeprefix("torch."),
+            "ema_backend": self.optimizer.ema_backend if self.keeps_ema else "none",
+        }
+
+    def close(self) -> None:
+        """Removes DeepSpeed's hooks from the pair; the process group stays."""
+        self._engine.destroy()
+
+
+def _initialize(pair: Pair, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+    import deepspeed
+    from pydantic import ValidationError
+
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
+    try:
+        return deepspeed.initialize(model=pair, optimizer=optimizer, config=config)[0]
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"deepspeed.config: {error.title}, {field}: {first['msg']}") from error
+    finally:
+        logger.setLevel(level)
+
+
+def _of(param: nn.Parameter | None) -> nn.Parameter:
+    if param is None:
+        raise UserError("teacher.kind=ema needs a teacher, and this pair was built without one: build it with the same settings")
+    return param
+
+
+def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, part in module.named_modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if name not in part._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer

@@ -1,0 +1,106 @@
+"""The sample grids of a run: target | before | student now | teacher now, at the deployment step count, from fixed noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dopsd_fast.buckets import item_seed
+from dopsd_fast.images import load_image
+from dopsd_fast.sampling import rollout
+from dopsd_fast.telemetry import compose
+
+if TYPE_CHECKING:
+    from dopsd_fast.records import Record
+    from dopsd_fast.trainer import Trainer
+
+HEADINGS = ("target", "before", "student now", "teacher now")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One row: a record's first prompt (`record` its index), or a prompt of the settings (None)."""
+
+    prompt: str
+    record: int | None
+    height: int
+    width: int
+
+
+class Showcase:
+    """Draws `samples/step-000100.png`. The pictures from before training are kept as files, so that a continued run shows
+    the same ones. Every rank computes (a sharded model needs them all), rank 0 decodes and writes."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.folder = trainer.folder / "samples"
+        self.last: Path | None = None
+        s, records = trainer.settings, trainer.data.records
+        self.rows = [self.row(r) for r in records[: s.sample.count]] + [
+            Shown(prompt, None, records[0].height, records[0].width) for prompt in s.sample.prompts
+        ]
+        self.vae = trainer.family.load_vae().to(trainer.device) if trainer.rank == 0 else None
+
+    def row(self, record: Record) -> Shown:
+        keys = self.trainer.settings.data.prompt_keys
+        prompt = next(prompt for name, prompt in record.prompts.items() if not keys or name in keys)
+        return Shown(prompt, record.index, record.height, record.width)
+
+    def start(self, first: int) -> None:
+        """Before the first step: keeps the pictures of the untrained model."""
+        if not self.rows or first:
+            return
+        before = self.pictures("student")
+        if self.trainer.rank == 0:
+            (self.folder / "before").mkdir(parents=True, exist_ok=True)
+            for i, picture in enumerate(before):
+                picture.save(self.folder / "before" / f"{i:02}.png")
+
+    def draw(self, step: int) -> None:
+        if not self.rows:
+            return
+        student, teacher = self.pictures("student"), self.pictures("teacher")
+        if self.trainer.rank:
+            return
+        rows = []
+        for i, shown in enumerate(self.rows):
+            target = None
+            if shown.record is not None:
+                target = load_image(self.trainer.record(shown.record).images[0], shown.height, shown.width)
+            kept = self.folder / "before" / f"{i:02}.png"
+            before = Image.open(kept).convert("RGB") if kept.exists() else None
+            rows.append((shown.prompt, (target, before, student[i], teacher[i])))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.last = self.folder / f"step-{step:06}.png"
+        part = self.last.with_suffix(".part")
+        compose(HEADINGS, rows).save(part, format="PNG")
+        part.replace(self.last)
+
+    def pictures(self, branch: str) -> list[Image.Image]:
+        """One picture per row; on other ranks than 0 an empty list."""
+        out: list[Image.Image] = []
+        for i, shown in enumerate(self.rows):
+            latent = self.latent(branch, shown, i)
+            if self.vae is not None:
+                out += self.trainer.family.decode(self.vae, latent)
+        return out
+
+    def latent(self, branch: str, shown: Shown, index: int) -> Tensor:
+        """x_1 `[1, C, h, w]`: the student from the text; the teacher from the text and the target image where there is one."""
+        trainer, s = self.trainer, self.trainer.settings
+        seen = branch == "teacher" and shown.record is not None and trainer.objective.needs_teacher
+        context = trainer.context("teacher", shown.record, shown.prompt) if seen else trainer.context("student", shown.prompt)
+        noise = self.noise(shown, index)
+        grid = trainer.family.sample_grid(s.sample.steps, tuple(noise.shape[1:]))
+        with trainer.pair.branch(branch) as transformer:
+            return rollout(trainer.family, transformer, noise, [context], grid)
+
+    def noise(self, shown: Shown, index: int) -> Tensor:
+        generator = torch.Generator().manual_seed(item_seed(self.trainer.settings.sample.seed, 0, index, 0, "sample"))
+        shape = self.trainer.family.latent_shape(shown.height, shown.width)
+        return torch.randn((1, *shape), generator=generator).to(self.trainer.device)

@@ -1,0 +1,186 @@
+"""The student and its teacher as one module: two modules (full), or one with two low-rank adapters (LoRA)."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dopsd_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from dopsd_fast.families.base import Family
+    from dopsd_fast.settings import Settings
+
+STUDENT, TEACHER = "student", "teacher"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One trained tensor: its stock name (for an adapter without the adapter's name), and the teacher's counterpart or None."""
+
+    name: str
+    student: nn.Parameter
+    teacher: nn.Parameter | None
+
+
+class Pair(nn.Module):
+    """`student`: the transformer that trains. `teacher`: a frozen module of the same class, or None.
+
+    teacher  kind=ema, frozen  kind=student
+    full     a second module   None: the student's live weights, without gradient
+    LoRA     None: adapter "teacher" inside `student`; kind=student: only adapter "student"
+
+    Both live in one module because ZeRO-3 partitions what is given to it, frozen weights too.
+    `lora_config`: PEFT's LoraConfig, None for full fine-tuning.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, lora_config: Any = None) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = teacher
+        self.lora_config = lora_config
+        self._adapted = _adapter_layers(student) if lora_config is not None else []
+        self.has_teacher_adapter = any(TEACHER in layer.lora_A for layer in self._adapted)
+
+    def forward(self, x: Tensor, t: Tensor, *, family: Family, contexts: Sequence[dict[str, Tensor]]) -> Tensor:
+        return family.velocity(self.student, x, t, contexts)
+
+    def student_velocity(self, family: Family, x: Tensor, t: Tensor, contexts: Sequence[dict[str, Tensor]]) -> Tensor:
+        """v_s `[B, C, h, w]` at x `[B, C, h, w]`, t `[B]`, with gradient."""
+        return self(x, t, family=family, contexts=contexts)
+
+    @torch.no_grad()
+    def teacher_velocity(self, family: Family, x: Tensor, t: Tensor, contexts: Sequence[dict[str, Tensor]]) -> Tensor:
+        """v_t, shaped as x, without gradient. Not through `forward`: ZeRO-3 records one trace from each call of this module to
+        the next, and student, teacher, backward is the sequence that repeats."""
+        with self.branch(TEACHER) as transformer:
+            return family.velocity(transformer, x, t, contexts)
+
+    @contextmanager
+    def branch(self, name: str) -> Iterator[nn.Module]:
+        """The transformer to call for "student" or "teacher"; the student's adapter is active again afterwards, so a later
+        backward recomputes with it. PEFT's own set_adapter is not used because it turns requires_grad on and off."""
+        if name == TEACHER and self.has_teacher_adapter:
+            self._activate(TEACHER)
+            try:
+                yield self.student
+            finally:
+                self._activate(STUDENT)
+        elif name == TEACHER and self.teacher is not None:
+            yield self.teacher
+        else:
+            yield self.student
+
+    def trained(self) -> list[Trained]:
+        """Every trained tensor, in the module's order."""
+        if self.lora_config is None:
+            teachers = dict(self.teacher.named_parameters()) if self.teacher is not None else {}
+            return [Trained(name, param, teachers.get(name)) for name, param in self.student.named_parameters()]
+        parameters = dict(self.student.named_parameters())
+        mine = f".{STUDENT}."
+        return [
+            Trained(name.replace(mine, "."), param, parameters.get(name.replace(mine, f".{TEACHER}.")))
+            for name, param in parameters.items()
+            if param.requires_grad
+        ]
+
+    def _activate(self, adapter: str) -> None:
+        for layer in self._adapted:
+            layer._active_adapter = [adapter]
+
+
+def build_pair(family: Family, settings: Settings, dtype: torch.dtype) -> Pair:
+    """Loads the student in `dtype` and gives it its teacher: initially equal, bit for bit.
+
+    Raises UserError when an entry of `adapter.targets` matches no linear layer.
+    """
+    student = family.load_transformer(dtype)
+    student.requires_grad_(False)
+    kind = settings.teacher.kind
+    if settings.adapter.kind == "lora":
+        adapters = [STUDENT] if kind == "student" else [STUDENT, TEACHER]
+        targets = settings.adapter.targets or family.lora_targets
+        config = add_adapters(
+            student, targets, settings.adapter.rank, settings.adapter.alpha, settings.train.seed, adapters
+        )
+        pair = Pair(student, None, config)
+    else:
+        teacher = None if kind == "student" else copy.deepcopy(student)
+        student.requires_grad_(True)
+        pair = Pair(student, teacher)
+    for param in pair.parameters():
+        if param.is_floating_point() and param.dtype != dtype:
+            param.data = param.data.to(dtype)
+    if settings.train.recompute:
+        student.enable_gradient_checkpointing()
+    return pair
+
+
+def lora_coverage(transformer: nn.Module, targets: Sequence[str]) -> dict[str, int]:
+    """How many linear layers each target matches: by full name, or by the end of it after a dot (PEFT's rule for a list)."""
+    names = _linear_names(transformer)
+    return {target: sum(_matches(name, target) for name in names) for target in targets}
+
+
+def add_adapters(
+    transformer: nn.Module, targets: Sequence[str], rank: int, alpha: float, seed: int, adapters: Sequence[str]
+) -> Any:
+    """Injects LoRA adapters y = W x + (alpha / rank) B A x, A gaussian (std 1 / rank, from `seed`), B zero, all of them equal.
+
+    Only the first adapter is active, and only its weights require gradients. Works on the meta device. Returns the LoraConfig.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    coverage = lora_coverage(transformer, targets)
+    unmatched = [target for target, count in coverage.items() if count == 0]
+    if unmatched:
+        matched = ", ".join(f"{target} ({count})" for target, count in coverage.items() if count) or "nothing"
+        endings = sorted({_ending(name) for name in _linear_names(transformer)})
+        raise UserError(
+            f"adapter.targets: {', '.join(unmatched)} match no linear layer of {type(transformer).__name__}; "
+            f"matched: {matched}; the layers end in: {', '.join(endings)}"
+        )
+    alpha = int(alpha) if float(alpha).is_integer() else alpha  # as PEFT and diffusers write it
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "already found a peft_config": meant, it is the second adapter
+        torch.manual_seed(seed)
+        for adapter in adapters:
+            inject_adapter_in_model(config, transformer, adapter_name=adapter)
+    first = adapters[0]
+    for layer in _adapter_layers(transformer):
+        layer._active_adapter = [first]
+        for parts in (layer.lora_A, layer.lora_B):
+            for adapter, part in parts.items():
+                part.requires_grad_(adapter == first)
+                if adapter != first:
+                    part.load_state_dict(parts[first].state_dict())
+    return config
+
+
+def _adapter_layers(transformer: nn.Module) -> list[Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+
+
+def _linear_names(transformer: nn.Module) -> list[str]:
+    return [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def _ending(name: str) -> str:
+    """`layers.3.attention.to_out.0` -> `attention.to_out.0`: what follows the block number."""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
+    return ".".join(parts[numbers[0] + 1 :] if numbers else parts)

@@ -1,0 +1,336 @@
+"""The loop. Nothing here knows a model family or a loss: records -> contexts -> objective -> engine -> files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dopsd_fast import checkpoints
+from dopsd_fast.buckets import Item, item_noise, item_seed, micro_batch, plan_epoch
+from dopsd_fast.conditioning.cache import ContextCache
+from dopsd_fast.errors import UserError
+from dopsd_fast.families import open_family
+from dopsd_fast.objective import NonFiniteLoss, StepInputs, StepReport, make_objective
+from dopsd_fast.publish import publish
+from dopsd_fast.records import Record, read_records
+from dopsd_fast.run_folder import open_run
+from dopsd_fast.settings import Settings
+from dopsd_fast.sharding import Engine, init_distributed
+from dopsd_fast.showcase import Showcase
+from dopsd_fast.teacher import add_adapters, build_pair
+from dopsd_fast.telemetry import MetricsLog, Phases, StopRequest, outlive_console, peak_memory
+from dopsd_fast.trajectory import draw_times, grid_shift
+
+T = TypeVar("T")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def train(settings: Settings) -> int:
+    """Runs or continues the run that `settings` describes; the process's exit code. Every rank calls it.
+
+    0: finished. 128 + N: stopped by signal N, state saved. Raises UserError for whatever the user can put right.
+    """
+    outlive_console()
+    stop = StopRequest()
+    trainer = Trainer(settings, stop)
+    return trainer.run()
+
+
+class Trainer:
+    """One run on one rank: what is built before the loop, the loop, and what is left behind."""
+
+    def __init__(self, settings: Settings, stop: StopRequest) -> None:
+        self.settings, self.stop = settings, stop
+        ranks = init_distributed()
+        self.rank, self.world, self.device = ranks.rank, ranks.world, ranks.device
+        self._set_threads()
+        torch.manual_seed(settings.train.seed)
+        self.dtype = DTYPES[settings.train.precision]
+
+        self.family = open_family(settings.model.folder, self._conditioning(), settings.model.family)
+        self.data = read_records(settings.data, self.family.pixel_multiple)
+        self.global_batch = settings.train.batch_size * settings.train.accumulation * self.world
+        self.batches_per_epoch = len(self._plan(0))
+        self._check_adapter()
+        self.folder, self.resume_from = self._rank0(lambda: open_run(settings))
+        self.objective = make_objective(settings)
+        self.cache, self.keys = self._fill_cache()
+
+        self.pair = build_pair(self.family, settings, self.dtype).to(self.device)
+        self.parameters = sum(p.numel() for p in self.pair.student.parameters())
+        self.engine = Engine(self.pair, settings)
+        self.first = 0
+        if self.resume_from is not None and (found := checkpoints.latest(self.resume_from)) is not None:
+            self.first = int(checkpoints.load(found, self.engine)["step"])
+        self.showcase = Showcase(self)
+        self.phases = Phases(self.device)
+
+    # ---- before the loop -----------------------------------------------------------------------------------------------
+
+    def _set_threads(self) -> None:
+        threads = self.settings.train.threads
+        if not threads and self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            local = int(os.environ.get("LOCAL_SIZE", self.world))
+            threads = max(1, len(os.sched_getaffinity(0)) // local)
+        if threads:
+            torch.set_num_threads(threads)
+
+    def _conditioning(self) -> Any:
+        vlm = self.settings.conditioning.vlm_path and str(self.settings.vlm_folder)
+        return self.settings.conditioning.model_copy(update={"vlm_path": vlm})
+
+    def _check_adapter(self) -> None:
+        """A target that matches nothing is found before anything is loaded."""
+        adapter = self.settings.adapter
+        if adapter.kind == "lora":
+            targets = adapter.targets or self.family.lora_targets
+            add_adapters(self.family.meta_transformer(), targets, adapter.rank, adapter.alpha, 0, ["student"])
+
+    def _rank0(self, call: Callable[[], T]) -> T:
+        """The result of `call` on rank 0, on every rank; its UserError too."""
+        box: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                box[0] = call()
+            except UserError as error:
+                box[1] = str(error)
+        torch.distributed.broadcast_object_list(box)
+        if box[1] is not None:
+            raise UserError(box[1])
+        return box[0]
+
+    def _plan(self, epoch: int) -> list[list[Item]]:
+        s = self.settings
+        return plan_epoch(self.data, epoch, s.train.seed, self.global_batch, s.data.prompt_keys)
+
+    def _fill_cache(self) -> tuple[ContextCache, dict[tuple, str]]:
+        """Requests every context that the run can need, and computes the missing ones."""
+        c = self.settings.conditioning
+        folder = Path(c.folder).expanduser() if c.folder else self.folder.parent / "context_cache"
+        cache = ContextCache(c.cache, folder, self.family, self.rank, self.world, self.say,
+                             barrier=lambda: self._rank0(lambda: None), device=self.device, dtype=self.dtype)
+        keys: dict[tuple, str] = {}
+        for record in self.data.records:
+            target = (record.images[0], record.height, record.width)
+            for name, prompt in record.prompts.items():
+                if self.settings.data.prompt_keys and name not in self.settings.data.prompt_keys:
+                    continue
+                keys["student", prompt] = cache.request("student", prompt)
+                if self.objective.needs_teacher:
+                    keys["teacher", record.index, prompt] = cache.request("teacher", prompt, target)
+            if self.objective.needs_latents:
+                keys["latents", record.index] = cache.request("latents", image=target)
+        for prompt in self.settings.sample.prompts:
+            keys["student", prompt] = cache.request("student", prompt)
+        done = cache.complete(keys.values())
+        if done:
+            self.say(f"conditioning: {done} of {len(set(keys.values()))} contexts computed, the rest was cached")
+        return cache, keys
+
+    def context(self, *key: Any) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device) for name, tensor in self.cache.get(self.keys[key]).items()}
+
+    # ---- the loop --------------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        s = self.settings
+        self.say(self.summary())
+        self.stop.arm()
+        log = MetricsLog(self.folder, self.first) if self.rank == 0 else None
+        self.showcase.start(self.first)
+        bar = tqdm(total=s.train.steps, initial=self.first, unit="step", disable=self.rank != 0, file=sys.stderr,
+                   mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True)
+        plan: tuple[int, list[list[Item]]] = (-1, [])
+        done = self.first
+        try:
+            while done < s.train.steps and not self.engine.any(self.stop.asked()):
+                epoch, index = divmod(done, self.batches_per_epoch)
+                if plan[0] != epoch:
+                    plan = epoch, self._plan(epoch)
+                row = self.step(done, plan[1][index])
+                done = row["step"]
+                if log is not None:  # before the checkpoint: a run continued from it keeps this row
+                    log.append({**row, "seconds": self.phases.take()})
+                    bar.set_postfix(loss=f"{row['loss']:.4f}", samples_s=f"{row['samples_per_second']:.2f}", refresh=False)
+                if s.sample.every and done % s.sample.every == 0 and done < s.train.steps:
+                    with self.phases("sample"):
+                        self.showcase.draw(done)
+                if s.checkpoint.every and done % s.checkpoint.every == 0:
+                    self.save(done)
+                bar.update()
+        finally:
+            bar.close()
+            if log is not None:
+                log.close()
+        self.save(done)
+        if done < s.train.steps:
+            codes = [code for code in self.engine.gather_int(self.stop.code) if code]
+            self.say(f"stopped by {self.stop.reason or 'another rank'} after step {done}; state saved. "
+                     f"Continue with resume=auto output.dir={self.folder}")
+            return codes[0]
+        with self.phases("sample"):
+            self.showcase.draw(done)
+        exported = publish(self)
+        self.say(self.closing(exported))
+        return 0
+
+    def step(self, done: int, batch: list[Item]) -> dict[str, Any]:
+        """One optimizer step on one global batch; its row of metrics."""
+        s = self.settings
+        started = time.perf_counter()
+        reports: list[StepReport] = []
+        failed: NonFiniteLoss | None = None
+        with self.engine.accumulating():
+            for a in range(s.train.accumulation):
+                items = micro_batch(batch, a, self.rank, self.world, s.train.batch_size)
+                with self.phases("data"):
+                    inputs = self.inputs(items)
+                with self.phases("rollout"):
+                    try:
+                        reports.append(self.objective.accumulate(inputs, self.engine.backward))
+                    except NonFiniteLoss as error:
+                        failed = failed or error
+        if self.engine.any(failed is not None):
+            self.give_up(done, batch, str(failed) if failed else "another rank's loss is not finite")
+        rate = self.learning_rate(done)
+        with self.phases("optimizer"):
+            norm = self.engine.step(rate)
+        if not math.isfinite(norm):
+            self.give_up(done, batch, f"the gradient norm is {norm}")
+        count, states = len(reports), len(reports[0].state_losses)
+        means = self.engine.mean([sum(r.loss for r in reports) / count, sum(r.gap**2 for r in reports) / count,
+                                  *(sum(r.state_losses[k] for r in reports) / count for k in range(states))])
+        return {
+            "step": done + 1,
+            "epoch": done // self.batches_per_epoch,
+            "loss": means[0],
+            "state_losses": means[2:],
+            "grad_norm": norm,
+            "gap": math.sqrt(means[1]),
+            "learning_rate": rate,
+            "samples_per_second": round(len(batch) / (time.perf_counter() - started), 4),
+            "peak_memory_bytes": peak_memory(self.device),
+        }
+
+    def inputs(self, items: list[Item]) -> StepInputs:
+        seed, family, objective = self.settings.train.seed, self.family, self.objective
+        shape = family.latent_shape(items[0].height, items[0].width)
+        grid = family.train_grid(self.settings.method.num_states, self.settings.method.shift, shape)
+        noise = torch.stack([item_noise(seed, item, shape) for item in items]).to(self.device)
+        latents = times = None
+        if objective.needs_latents:
+            latents = torch.stack([self.context("latents", item.record)["latent"] for item in items]).float()
+        if objective.needs_times:
+            seeds = [item_seed(seed, item.epoch, item.record, item.repeat, "time") for item in items]
+            times = draw_times(seeds, grid_shift(grid)).to(self.device)
+        teacher = [self.context("teacher", i.record, i.prompt) for i in items] if objective.needs_teacher else []
+        return StepInputs(
+            noise=noise,
+            grid=grid,
+            student_contexts=[self.context("student", item.prompt) for item in items],
+            student_velocity=lambda x, t, c: self.pair.student_velocity(family, x, t, c),
+            teacher_contexts=teacher,
+            teacher_velocity=lambda x, t, c: self.pair.teacher_velocity(family, x, t, c),
+            latents=latents,
+            times=times,
+            scale=1 / self.settings.train.accumulation,
+        )
+
+    def learning_rate(self, done: int) -> float:
+        """Linear warm-up, then constant or half a cosine down to 0 at the last step; `done` steps lie behind."""
+        t = self.settings.train
+        if done < t.warmup:
+            return t.learning_rate * (done + 1) / t.warmup
+        if t.schedule == "constant":
+            return t.learning_rate
+        progress = (done - t.warmup) / max(1, t.steps - t.warmup)
+        return t.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+    def save(self, done: int) -> None:
+        with self.phases("checkpoint"):
+            checkpoints.save(self.folder / "checkpoints", self.engine, {"step": done}, done, self.settings.checkpoint.keep)
+
+    def give_up(self, done: int, batch: list[Item], what: str) -> None:
+        """Saves the last good state and says which batch broke it."""
+        self.save(done)
+        named = ", ".join(dict.fromkeys(self.data.records[item.record].source for item in batch))
+        raise UserError(f"step {done + 1}: {what}; the state of step {done} is saved in {self.folder / 'checkpoints'}; "
+                        f"batch: {named}; try a lower train.learning_rate or leave these records out")
+
+    # ---- what it says ------------------------------------------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            tqdm.write(text, file=sys.stdout)
+
+    def record(self, index: int) -> Record:
+        return self.data.records[index]
+
+    def describe(self) -> dict[str, Any]:
+        """What was resolved and chosen, for the run's files and the first screen."""
+        s, record = self.settings, self.data.records[0]
+        shape = self.family.latent_shape(record.height, record.width)
+        grid = self.family.train_grid(s.method.num_states, s.method.shift, shape)
+        states = s.method.num_states if self.objective.needs_teacher else 1
+        return {
+            "model": str(s.model.folder),
+            "family": self.family.name,
+            "parameters": self.parameters,
+            "trainable": self.engine.trained_parameters,
+            "records": len(self.data.records),
+            "skipped": len(self.data.skipped),
+            "buckets": sorted({(r.height, r.width) for r in self.data.records}),
+            "batches_per_epoch": self.batches_per_epoch,
+            "global_batch": self.global_batch,
+            "grid": [round(t, 6) for t in grid],
+            "forwards_per_sample": states * (2 if self.objective.needs_teacher else 1),
+            "sample_forwards": s.sample.steps or self.family.deployment_steps,
+            "precision": s.train.precision,
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "attention": "torch scaled_dot_product_attention (diffusers)",
+            **self.engine.describe(),
+        }
+
+    def summary(self) -> str:
+        d, s = self.describe(), self.settings
+        if self.rank == 0:
+            (self.folder / "environment.json").write_text(json.dumps(d, indent=1, default=str) + "\n")
+        per_state = f"{s.method.states}, {s.method.backward}, weight {s.method.weight}"
+        lines = [
+            ("run", f"{self.folder}" + (f", continues after step {self.first}" if self.first else "")),
+            ("model", f"{d['model']} ({d['family']}, {d['parameters'] / 1e6:.1f} M parameters)"),
+            ("trains", f"{s.adapter.kind}, {d['trainable'] / 1e6:.2f} M parameters"
+                       + (f", rank {s.adapter.rank}, alpha {s.adapter.alpha:g}" if s.adapter.kind == "lora" else "")),
+            ("data", f"{d['records']} records in {len(d['buckets'])} bucket(s), {d['skipped']} skipped; "
+                     f"batch {d['global_batch']} = {s.train.batch_size} x {s.train.accumulation} x {self.world} rank(s)"),
+            ("method", f"{s.method.name}, teacher {s.teacher.kind}" + (f" {s.teacher.ema_decay}" if s.teacher.kind == "ema" else "")
+                       + f", {per_state}" if self.objective.needs_teacher else s.method.name),
+            ("grid", "t = " + ", ".join(f"{t:g}" for t in d["grid"])
+                     + f"; {d['forwards_per_sample']} forwards a sample; pictures by {d['sample_forwards']} steps"),
+            ("steps", f"{s.train.steps} at learning rate {s.train.learning_rate:g} ({s.train.schedule}, warm-up {s.train.warmup})"),
+            ("runs on", f"{d['device']} ({d['backend']}), ZeRO {d['zero_stage']}, {d['precision']}, {d['threads']} threads, "
+                        f"torch {d['torch']}, EMA {d['ema_backend']}"),
+        ]
+        return "\n".join(f"{name:>8}  {text}" for name, text in lines)
+
+    def closing(self, exported: list[str]) -> str:
+        lines = [f"finished {self.settings.train.steps} steps in {self.folder}",
+                 f"  samples/       {self.showcase.last.name if self.showcase.last else 'none'}",
+                 "  metrics.jsonl, tensorboard/, checkpoints/", *(f"  {line}" for line in exported)]
+        if self.data.skipped:
+            lines.append(f"{len(self.data.skipped)} bad record(s) were left out:")
+            lines += [f"  {source}: {reason}" for source, reason in self.data.skipped]
+        return "\n".join(lines)

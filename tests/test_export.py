@@ -1,0 +1,296 @@
+"""Exports: the pipeline folder with new weights, LoRA for both loaders at alpha = 2 x rank, and what errors leave."""
+
+import errno
+import json
+import os
+import shutil
+import weakref
+
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline, ZImagePipeline, ZImageTransformer2DModel
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dopsd_fast import export
+from dopsd_fast.errors import UserError
+from dopsd_fast.export import export_full, export_lora
+from dopsd_fast.families import open_family
+from dopsd_fast.settings import ConditioningSettings
+from tests.tiny import make_zimage, shared
+
+CONDITIONING = ConditioningSettings(max_text_tokens=32, max_vlm_tokens=64)
+RANK, ALPHA = 4, 8
+
+
+def files_below(folder):
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def weights(family, dtype=torch.float32):
+    return family.load_transformer(dtype).state_dict()
+
+
+def run(family, transformer, seed=0):
+    width = {"zimage": 32, "flux2_klein": 48}[family.name]
+    x = torch.randn(2, *family.latent_shape(16, 16), generator=torch.Generator().manual_seed(seed))
+    text = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(seed + 1))
+    with torch.no_grad():
+        return family.velocity(transformer, x, torch.tensor([0.1, 0.6]), [{"text": row} for row in text])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_unchanged_tensors_give_the_same_folder(tmp_path, dtype, sharded):
+    source = make_zimage(tmp_path / "source", dtype=dtype)
+    if sharded:
+        model = ZImageTransformer2DModel.from_pretrained(source / "transformer", torch_dtype=dtype)
+        shutil.rmtree(source / "transformer")
+        model.save_pretrained(source / "transformer", max_shard_size="200KB")
+    family = open_family(source, CONDITIONING)
+    tensors = [(name, tensor.float()) for name, tensor in weights(family, dtype).items()]
+    export_full(family, reversed(tensors), tmp_path / "export")  # any order, fp32 master weights
+    before, after = files_below(source), files_below(tmp_path / "export")
+    assert before == after
+    assert (len([name for name in after if name.startswith("transformer/diffusion")]) > 4) == sharded
+    for name in before:
+        linked = os.path.samefile(source / name, tmp_path / "export" / name)
+        assert linked == (not (name.startswith("transformer/") and name.endswith(".safetensors"))), name
+
+
+def test_changed_tensors_load_in_the_pipeline(tmp_path):
+    family = open_family(shared("zimage"), CONDITIONING)
+    trained = {name: tensor + 0.01 for name, tensor in weights(family).items()}
+    export_full(family, trained.items(), tmp_path / "export")
+    pipeline = ZImagePipeline.from_pretrained(tmp_path / "export")
+    for name, tensor in pipeline.transformer.state_dict().items():
+        assert torch.equal(tensor, trained[name])
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("a cat", height=16, width=16, num_inference_steps=1, guidance_scale=0.0).images[0].size == (16, 16)
+    assert len(open_family(tmp_path / "export", CONDITIONING).load_encoders().student(["a cat"])) == 1
+    assert (tmp_path / "export" / "vlm" / "model.safetensors").is_file()
+
+
+def test_flux2_folder(tmp_path):
+    family = open_family(shared("flux2_klein"), CONDITIONING)
+    export_full(family, weights(family).items(), tmp_path / "export")
+    assert files_below(shared("flux2_klein")) == files_below(tmp_path / "export")
+    Flux2KleinPipeline.from_pretrained(tmp_path / "export")
+
+
+def test_links_through_symbolic_links_and_copies_where_links_fail(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    shutil.copytree(shared("zimage"), source)
+    blob = tmp_path / "blob"
+    (source / "vae" / "config.json").rename(blob)
+    (source / "vae" / "config.json").symlink_to(blob)
+    family = open_family(source, CONDITIONING)
+    export_full(family, weights(family).items(), tmp_path / "linked")
+    config = tmp_path / "linked" / "vae" / "config.json"
+    assert not config.is_symlink() and config.samefile(blob)
+
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "another file system")
+
+    monkeypatch.setattr(os, "link", refuse)
+    export_full(family, weights(family).items(), tmp_path / "copied")
+    assert files_below(tmp_path / "copied") == files_below(tmp_path / "linked")
+    assert not (tmp_path / "copied" / "vae" / "config.json").samefile(blob)
+
+
+def test_stale_weights_are_not_taken_along(tmp_path):
+    source = shutil.copytree(shared("zimage"), tmp_path / "source")
+    (source / "transformer" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"old")
+    family = open_family(source, CONDITIONING)
+    export_full(family, weights(family).items(), tmp_path / "export")
+    assert not (tmp_path / "export" / "transformer" / "diffusion_pytorch_model.fp16.safetensors").exists()
+
+
+@pytest.mark.parametrize("case", ["missing", "unknown", "shape", "twice", "full disk"])
+def test_an_error_leaves_the_old_export(tmp_path, monkeypatch, case):
+    family = open_family(shared("zimage"), CONDITIONING)
+    out = tmp_path / "export"
+    export_full(family, weights(family).items(), out)
+    before = files_below(out)
+    pairs = list(weights(family).items())
+    if case == "missing":
+        pairs.pop()
+    elif case == "unknown":
+        pairs.append(("layers.9.w", torch.zeros(1)))
+    elif case == "shape":
+        pairs[0] = (pairs[0][0], torch.zeros(3))
+    elif case == "twice":
+        pairs.append(pairs[0])
+    else:
+
+        def exhausted(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(export, "_write_weights", exhausted)
+    with pytest.raises(UserError) as error:
+        export_full(family, iter(pairs), out)
+    assert "\n" not in str(error.value)
+    assert files_below(out) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_killed_swap_is_repaired(tmp_path):
+    family = open_family(shared("zimage"), CONDITIONING)
+    out = tmp_path / "export"
+    export_full(family, weights(family).items(), out)
+    before = files_below(out)
+    out.rename(tmp_path / "export.old")  # what a kill between the two renames leaves
+    with pytest.raises(UserError):
+        export_full(family, iter([]), out)
+    assert files_below(out) == before
+
+
+def test_full_device_is_one_line(tmp_path):
+    family = open_family(shared("zimage"), CONDITIONING)
+    shard = export.Shard.read(family.path / "transformer" / "diffusion_pytorch_model.safetensors")
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    (folder / shard.name).symlink_to("/dev/full")
+    with pytest.raises(OSError) as error:
+        export._write_weights([shard], folder, weights(family).items())
+    assert error.value.errno == errno.ENOSPC
+
+
+def test_one_tensor_in_memory_at_a_time(tmp_path):
+    """When the next tensor is asked for, none but the last given one is still alive."""
+    family = open_family(shared("zimage"), CONDITIONING)
+    shapes = {name: tensor.shape for name, tensor in weights(family).items()}
+    given, most = [], []
+
+    def tensors():
+        for name, shape in shapes.items():
+            most.append(sum(reference() is not None for reference in given))
+            tensor = torch.zeros(shape)
+            given.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+
+    export_full(family, tensors(), tmp_path / "export")
+    assert len(given) == len(shapes) and max(most) <= 1
+
+
+# ---- LoRA ----------------------------------------------------------------------------------------------------------
+
+
+def trained_adapter(kind, adapter="student"):
+    """A transformer with a random (as if trained) adapter, its family, its PEFT state and config."""
+    family = open_family(shared(kind), CONDITIONING)
+    transformer = family.load_transformer(torch.float32)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, init_lora_weights="gaussian", target_modules=list(family.lora_targets))
+    inject_adapter_in_model(config, transformer, adapter_name=adapter)
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in transformer.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return family, transformer, config
+
+
+@pytest.fixture(scope="module", params=["zimage", "flux2_klein"])
+def lora(request, tmp_path_factory):
+    family, transformer, config = trained_adapter(request.param)
+    folder = tmp_path_factory.mktemp("lora") / "export"
+    export_lora(family, get_peft_model_state_dict(transformer, adapter_name="student"), config, folder)
+    return family, run(family, transformer), folder
+
+
+def content(folder):
+    """Bytes of tensors and metadata; safetensors writes its metadata in no fixed order."""
+    found = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".json":
+            found[file.name] = file.read_text()
+            continue
+        with safe_open(file, framework="pt") as opened:
+            found[file.name] = opened.metadata(), {n: opened.get_tensor(n).tolist() for n in opened.keys()}  # noqa: SIM118
+    return found
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def differs(found, expected):
+    return (found - expected).abs().max() > 1e-2
+
+
+def test_lora_files(lora):
+    _, _, folder = lora
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (RANK, ALPHA, "LORA")
+    assert {p.name for p in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "pytorch_lora_weights.safetensors",
+    }
+
+
+def test_lora_loads_with_peft_model(lora):
+    family, expected, folder = lora
+    base = family.load_transformer(torch.float32)
+    assert differs(run(family, base), expected)
+    model = PeftModel.from_pretrained(base, folder)
+    close(run(family, model), expected)
+    other = PeftModel.from_pretrained(family.load_transformer(torch.float32), folder, adapter_name="x")
+    other.load_adapter(folder, "y")
+    other.set_adapter("y")
+    close(run(family, other), expected)
+
+
+def test_lora_loads_by_injection(lora):
+    family, expected, folder = lora
+    transformer = family.load_transformer(torch.float32)
+    inject_adapter_in_model(LoraConfig.from_pretrained(folder), transformer)
+    state = {
+        name.removeprefix("base_model.model."): tensor
+        for name, tensor in load_file(folder / "adapter_model.safetensors").items()
+    }
+    result = set_peft_model_state_dict(transformer, state)
+    assert not result.unexpected_keys
+    close(run(family, transformer), expected)
+
+
+def test_lora_loads_with_diffusers(lora):
+    family, expected, folder = lora
+    pipeline = {"zimage": ZImagePipeline, "flux2_klein": Flux2KleinPipeline}[family.name].from_pretrained(family.path)
+    pipeline.load_lora_weights(folder)
+    close(run(family, pipeline.transformer), expected)
+    adapter = next(iter(pipeline.transformer.peft_config.values()))
+    assert (adapter.r, adapter.lora_alpha) == (RANK, ALPHA)
+
+
+def test_lora_metadata_is_what_carries_alpha(lora, tmp_path):
+    """Without the metadata the same tensors load at alpha = rank: the reason why they are written with it."""
+    family, expected, folder = lora
+    tensors = load_file(folder / "pytorch_lora_weights.safetensors")
+    save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
+    pipeline = {"zimage": ZImagePipeline, "flux2_klein": Flux2KleinPipeline}[family.name].from_pretrained(family.path)
+    pipeline.load_lora_weights(tmp_path)
+    assert differs(run(family, pipeline.transformer), expected)
+    transformer = family.load_transformer(torch.float32)
+    transformer.load_lora_adapter(folder, prefix="transformer", weight_name="pytorch_lora_weights.safetensors")
+    close(run(family, transformer), expected)
+
+
+def test_lora_state_with_adapter_names(lora, tmp_path):
+    """Names straight from the module tree (`...lora_A.student.weight`) give the same files; two adapters are refused."""
+    family, _, folder = lora
+    _, transformer, config = trained_adapter(family.name)
+    state = {name: p for name, p in transformer.named_parameters() if "lora_" in name}
+    export_lora(family, state, config, tmp_path / "export")
+    assert content(folder) == content(tmp_path / "export")
+    doubled = state | {name.replace(".student.", ".teacher."): tensor for name, tensor in state.items()}
+    with pytest.raises(ValueError, match="more than one adapter"):
+        export_lora(family, doubled, config, tmp_path / "export")
+    assert content(folder) == content(tmp_path / "export")

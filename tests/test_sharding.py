@@ -1,0 +1,370 @@
+"""The engine at every ZeRO stage, one and two ranks, against plain PyTorch in this process."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import math
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from dopsd_fast.deepspeed_config import deepspeed_config
+from dopsd_fast.errors import UserError
+from dopsd_fast.settings import Settings
+from dopsd_fast.teacher import build_pair, lora_coverage
+from tests import ranks
+
+ALL_PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+EPS = 1e-3  # AdamW's: bounds by lr / EPS what a rounding error of a gradient does to a weight
+LR = 1e-2
+
+EQUAL = [
+    dict(name=f"{adapter}-{precision}-{stage}", stage=stage, adapter=adapter, precision=precision)
+    for adapter, precision, stage in [
+        *itertools.product(("full", "lora"), ("fp32",), (0, 2, 3)),
+        ("full", "fp32", 1),
+        *itertools.product(("full",), ("bf16",), (0, 1, 2, 3)),
+        ("lora", "bf16", 3),
+    ]
+]
+PARTITIONED = dict(name="lora-fp32-3-partitioned", stage=3, adapter="lora", config=ALL_PARTITIONED)
+OFFLOADED = [
+    dict(
+        name=f"full-bf16-{stage}-offloaded",
+        stage=stage,
+        precision="bf16",
+        config={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+    )
+    for stage in (2, 3)
+]
+MANY = [dict(name=f"many-{stage}", do="many_small_gradients", stage=stage, precision="bf16") for stage in (0, 1, 2, 3)]
+BAD = [dict(name=f"bad-{stage}", do="not_finite", stage=stage, factor=math.inf) for stage in (0, 2, 3)]
+BAD += [dict(name="bad-2-bf16", do="not_finite", stage=2, precision="bf16", factor=math.nan)]
+# One rank runs what the others are compared with; two ranks run everything.
+ONE_RANK = [case for case in EQUAL if case["precision"] == "fp32"] + [EQUAL[-1]]
+COMPARED = [
+    pytest.param(case, world, id=f"{case['name']}-{world}")
+    for world, compared in ((1, ONE_RANK), (2, [*EQUAL, PARTITIONED, *OFFLOADED]))
+    for case in compared
+]
+LAST = str(ranks.STEPS - 1)
+
+
+def cases() -> list[dict]:
+    equal = [case | dict(do="equal_to_one_process", eps=EPS) for case in [*EQUAL, PARTITIONED, *OFFLOADED]]
+    kinds = [
+        dict(name=f"{kind}-{adapter}", do="equal_to_one_process", stage=stage, adapter=adapter, teacher=kind, eps=EPS)
+        for kind, adapter, stage in [("frozen", "full", 3), ("frozen", "lora", 2), ("student", "full", 2), ("student", "lora", 3)]
+    ]
+    recomputed = [
+        dict(name=f"recompute-{stage}", do="norms_only", stage=stage, adapter="lora", recompute=True, eps=EPS)
+        for stage in (0, 3)
+    ]
+    good = [case | dict(name=f"never-{case['name']}", do="never_bad") for case in BAD]
+    others = [
+        dict(name="interrupted-2", do="interrupted", stage=2, eps=EPS),
+        dict(name="unclipped-0", do="norms_only", stage=0, grad_clip=0.0, eps=EPS),
+        dict(name="agreement", do="agreement", stage=0),
+    ]
+    return equal + kinds + recomputed + MANY + BAD + good + others
+
+
+@functools.cache
+def results(world: int) -> dict:
+    alone = {case["name"] for case in ONE_RANK} | {"interrupted-2"}
+    run = [case for case in cases() if (case["name"] in alone if world == 1 else case["do"] != "interrupted")]
+    with tempfile.TemporaryDirectory() as folder:
+        return ranks.run(world, run, Path(folder))
+
+
+@functools.cache
+def plain(adapter: str, precision: str, teacher: str = "ema", clip: float = 0.05) -> SimpleNamespace:
+    """The same steps without DeepSpeed: torch's AdamW on fp32 masters, one average in float64."""
+    case = dict(stage=0, adapter=adapter, precision=precision, teacher=teacher, grad_clip=clip)
+    settings = ranks.make_settings(case, 1)
+    family, pair = ranks.make_pair(case, settings)
+    trained = pair.trained()
+    masters = [nn.Parameter(t.student.detach().float()) for t in trained]
+    averages = [master.detach().double() for master in masters]
+    optimizer = torch.optim.AdamW(masters, lr=LR, eps=EPS, weight_decay=0.01, betas=(0.9, 0.999))
+    report = SimpleNamespace(norms=[], students=[], teachers=[])
+    for step in range(ranks.STEPS):
+        for master in masters:
+            master.grad = torch.zeros_like(master)
+
+        def backward(loss: torch.Tensor) -> None:
+            loss.backward()
+            for t, master in zip(trained, masters):
+                master.grad += t.student.grad.float()
+                t.student.grad = None
+
+        ranks.accumulate(backward, pair, family, settings, 0, 1, step)
+        report.norms.append(float(nn.utils.clip_grad_norm_(masters, clip or math.inf)))
+        optimizer.step()
+        with torch.no_grad():
+            for i, (t, master) in enumerate(zip(trained, masters)):
+                averages[i] = 0.9 * averages[i] + 0.1 * master.double()
+                t.student.copy_(master)
+                if teacher == "ema":
+                    t.teacher.copy_(averages[i])
+        report.students.append({t.name: m.detach().clone() for t, m in zip(trained, masters)})
+        report.teachers.append({t.name: a.clone() for t, a in zip(trained, averages)})
+    return report
+
+
+def tolerance(precision: str, step: int, clip: float = 0.05) -> float:
+    """Of a weight after `step` + 1 updates.
+
+    A clipped gradient is at most `clip`; sums over another order (a rank's share, a bucket) differ by a few units in the
+    last place of the compute dtype, taken as 16. AdamW turns an error d of a gradient into at most 2 * lr / eps * d of the
+    weight at each later step: the moments' weights sum to 1 and |m| / (sqrt(v) + eps) has slope <= 1 / eps in both.
+    Errors feed back through the next gradients; a factor of 4 a step leaves room for that.
+    """
+    unit = 2.0**-24 if precision == "fp32" else 2.0**-9
+    return sum(2 * LR / EPS * 16 * unit * clip * 4.0**n for n in range(step + 1))
+
+
+@pytest.mark.parametrize("case, world", COMPARED)
+def test_equals_one_process(case: dict, world: int) -> None:
+    precision = case.get("precision", "fp32")
+    adapter = case.get("adapter", "full")
+    expected, result = plain(adapter, precision), results(world)[case["name"]]
+    relative = 2.0**-20 if precision == "fp32" else 2.0**-6
+    assert result.numbers["norms"] == pytest.approx(expected.norms, rel=relative * 16)
+    steps = range(ranks.STEPS) if precision == "fp32" else range(1)
+    for step in steps:
+        for name, student in expected.students[step].items():
+            error = (result.tensors[f"{step}/student/{name}"] - student).abs().max()
+            assert float(error) <= tolerance(precision, step), (step, name)
+    moved = max(
+        float((result.tensors[f"{LAST}/student/{name}"] - result.tensors[f"start/student/{name}"]).abs().max())
+        for name in expected.students[-1]
+    )
+    assert moved > 100 * tolerance("fp32", ranks.STEPS - 1)
+
+
+@pytest.mark.parametrize("case, world", COMPARED)
+def test_teacher_is_the_float64_average_of_the_student(case: dict, world: int) -> None:
+    tensors = results(world)[case["name"]].tensors
+    names = [key.removeprefix("start/student/") for key in tensors if key.startswith("start/student/")]
+    for name in names:
+        average = tensors[f"start/student/{name}"].double()
+        assert torch.equal(tensors[f"start/teacher/{name}"], tensors[f"start/student/{name}"])
+        for step in range(ranks.STEPS):
+            average = 0.9 * average + 0.1 * tensors[f"{step}/student/{name}"].double()
+            error = (tensors[f"{step}/teacher/{name}"].double() - average).abs().max()
+            # Three roundings a step at the magnitude of the average.
+            assert float(error) <= 3 * (step + 1) * 2**-24 * max(1.0, float(average.abs().max())), (step, name)
+
+
+@pytest.mark.parametrize("case, world", COMPARED)
+def test_parameters_are_the_cast_master_and_average(case: dict, world: int) -> None:
+    dtype = torch.bfloat16 if case.get("precision") == "bf16" else torch.float32
+    tensors = results(world)[case["name"]].tensors
+    for step in ("start", "0", LAST):
+        for which in ("student", "teacher"):
+            for key, tensor in tensors.items():
+                if key.startswith(f"{step}/{which}/") and not key.endswith("steps_seen"):
+                    weight = tensors[key.replace(f"{step}/", f"{step}/weights/", 1)]
+                    assert weight.dtype == dtype and torch.equal(weight, tensor.to(dtype)), key
+    assert not torch.equal(tensors[f"{LAST}/probe/teacher"], tensors[f"{LAST}/probe/student"])
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_other_teachers(adapter: str) -> None:
+    for kind in ("frozen", "student"):
+        result = results(2)[f"{kind}-{adapter}"]
+        expected = plain(adapter, "fp32", kind)
+        assert result.numbers["norms"] == pytest.approx(expected.norms, rel=2.0**-16)
+        same = "start/student" if kind == "frozen" else f"{LAST}/student"
+        for key, tensor in result.tensors.items():
+            if key.startswith(f"{LAST}/teacher/"):
+                assert torch.equal(tensor, result.tensors[same + key.removeprefix(f"{LAST}/teacher")]), key
+        wanted = "start/probe/teacher" if kind == "frozen" else f"{LAST}/probe/student"
+        assert torch.equal(result.tensors[f"{LAST}/probe/teacher"], result.tensors[wanted])
+        assert not torch.equal(result.tensors[f"{LAST}/probe/student"], result.tensors["start/probe/student"])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_gradients_are_summed_in_fp32(stage: int) -> None:
+    """1 + 63 / 512 of a gradient: in a bf16 sum every one of the 63 is lost (half a unit in the last place of 1 is 2^-8)."""
+    numbers = results(2)[f"many-{stage}"].numbers
+    # Scaling by a power of two is exact in bf16, so only fp32 sums and one fp32 norm round.
+    assert numbers["separate"] == pytest.approx(1 + 63 / 512, rel=1e-5)
+    assert numbers["together"] == pytest.approx(1 + 63 / 512, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda case: case["name"])
+def test_a_gradient_that_is_not_finite_changes_nothing(case: dict) -> None:
+    result, never = results(2)[case["name"]], results(2)[f"never-{case['name']}"]
+    assert not math.isfinite(float(result.numbers["bad"]))
+    for key, tensor in result.tensors.items():
+        if key.startswith("before/"):
+            assert torch.equal(tensor, result.tensors[key.replace("before/", "after/")]), key
+    assert result.numbers["next"] == never.numbers["next"]
+
+
+def test_recomputation_gives_the_same_gradients() -> None:
+    for stage in (0, 3):
+        expected = results(2)[f"lora-fp32-{stage}"].numbers["norms"][:2]
+        assert results(2)[f"recompute-{stage}"].numbers["norms"] == pytest.approx(expected, rel=2.0**-20)
+
+
+def test_an_exception_drops_the_gradients() -> None:
+    numbers = results(1)["interrupted-2"].numbers
+    assert numbers["raised"] and numbers["norms"] == results(1)["full-fp32-2"].numbers["norms"][:2]
+
+
+def test_reported_norm_is_from_before_clipping() -> None:
+    first = results(2)["unclipped-0"].numbers["norms"][0]
+    assert first > 0.05
+    for stage in (0, 2, 3):
+        assert results(2)[f"full-fp32-{stage}"].numbers["norms"][0] == pytest.approx(first, rel=2.0**-20)
+
+
+def test_ranks_agree() -> None:
+    numbers = results(2)["agreement"].numbers
+    assert numbers == {
+        "any": [False, True],
+        "ints": [10, 11],
+        "mean": [0.5, 1.0],
+    }
+
+
+def test_summary_and_silence() -> None:
+    numbers = results(2)["full-bf16-3"].numbers
+    assert numbers["describe"]["parameter_dtype"] == "bfloat16" and numbers["describe"]["world"] == 2
+    assert numbers["trained"] == sum(p.numel() for p in ranks.Transformer().parameters())
+    said = results(2)["output"].splitlines()
+    assert [line for line in said if "OVERFLOW! Skipping step" not in line] == []
+
+
+# ---- the pair, without an engine --------------------------------------------------------------------------------------
+
+
+def lora_settings(**changes) -> Settings:
+    settings = ranks.make_settings(dict(stage=0, adapter="lora") | changes, 1)
+    return settings
+
+
+def test_teacher_starts_equal_and_frozen() -> None:
+    for adapter in ("full", "lora"):
+        pair = build_pair(ranks.Family(), lora_settings(adapter=adapter), torch.float32)
+        trained = pair.trained()
+        assert trained and all(torch.equal(t.student, t.teacher) for t in trained)
+        assert all(t.student.requires_grad and not t.teacher.requires_grad for t in trained)
+        students = {id(t.student) for t in trained}
+        assert all(not p.requires_grad for p in pair.parameters() if id(p) not in students)
+
+
+def test_adapter_is_gaussian_and_seeded() -> None:
+    settings = lora_settings()
+    settings.adapter.rank = 64
+    first, second = (build_pair(ranks.Family(), settings, torch.float32).trained() for _ in range(2))
+    settings.train.seed = 1
+    other = build_pair(ranks.Family(), settings, torch.float32).trained()
+    for a, b, c in zip(first, second, other):
+        assert torch.equal(a.student, b.student)
+        if "lora_A" in a.name:
+            assert not torch.equal(a.student, c.student)
+            assert float(a.student.std()) == pytest.approx(1 / 64, rel=0.3)
+        else:
+            assert float(a.student.abs().max()) == 0
+
+
+def test_teacher_forward_leaves_the_students_adapter_active() -> None:
+    family, pair = ranks.make_pair(dict(adapter="lora"), lora_settings())
+    with torch.no_grad():
+        for t in pair.trained():
+            t.teacher.add_(1.0)
+    before = ranks.probe(pair, family, "student")
+    flags = [p.requires_grad for p in pair.parameters()]
+    teacher = ranks.probe(pair, family, "teacher")
+    assert not torch.equal(before, teacher)
+    assert torch.equal(ranks.probe(pair, family, "student"), before)
+    with pytest.raises(ZeroDivisionError), pair.branch("teacher"):
+        raise ZeroDivisionError
+    assert torch.equal(ranks.probe(pair, family, "student"), before)
+    assert [p.requires_grad for p in pair.parameters()] == flags
+
+
+def test_targets_that_match_nothing() -> None:
+    settings = lora_settings()
+    settings.adapter.targets = ["to_q", "ff.net.0.proj", "q"]
+    with pytest.raises(UserError, match=r"ff\.net\.0\.proj, q match no .*matched: to_q \(2\).*end in: .*w1") as error:
+        build_pair(ranks.Family(), settings, torch.float32)
+    assert "\n" not in str(error.value)
+
+
+def test_coverage_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = ranks.Transformer()
+    assert lora_coverage(model, ["to_q", "blocks.0.w1", "x"]) == {"to_q": 2, "blocks.0.w1": 1, "x": 0}
+    family = SimpleNamespace(load_transformer=lambda dtype: model, lora_targets=("to_q", "w1"))
+    pair = build_pair(family, lora_settings(), torch.bfloat16)
+    assert len(pair.trained()) == 8 and all(t.student.is_meta for t in pair.trained())
+
+
+# ---- deepspeed.config ---------------------------------------------------------------------------------------------------
+
+
+def test_config_is_passed_through() -> None:
+    settings = Settings()
+    settings.deepspeed.config = {
+        "zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000},
+        "bf16": {"enabled": "auto"},
+        "gradient_accumulation_steps": 1,
+        "wall_clock_breakdown": True,
+    }
+    given = copy.deepcopy(settings.deepspeed.config)
+    config = deepspeed_config(settings)
+    assert config["zero_optimization"] == {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000}
+    assert config["bf16"]["enabled"] is False and config["wall_clock_breakdown"] is True
+    assert settings.deepspeed.config == given
+    assert deepspeed_config(Settings())["zero_optimization"]["reduce_bucket_size"] != 1000
+
+
+@pytest.mark.parametrize(
+    "config, named",
+    [
+        ({"communication_data_type": "bf16"}, "communication_data_type=bf16"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype=bf16"),
+        ({"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer=True"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device=nvme"),
+        ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights=True"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled=True"),
+        ({"zero_optimization": 3}, "zero_optimization is 3"),
+    ],
+)
+def test_config_that_cannot_be(config: dict, named: str) -> None:
+    settings = Settings()
+    settings.deepspeed.config = config
+    with pytest.raises(UserError, match=named):
+        deepspeed_config(settings)
+
+
+def test_unknown_config_field_is_one_line() -> None:
+    from dopsd_fast.sharding import _initialize
+
+    class Refuses:
+        def __init__(self) -> None:
+            self.config = {"zero_optimization": {"stage": 2, "no_such_field": 1}, "train_batch_size": 1}
+
+    import deepspeed
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    def initialize(**arguments):
+        return [DeepSpeedZeroConfig(**arguments["config"]["zero_optimization"])]
+
+    original, deepspeed.initialize = deepspeed.initialize, initialize
+    try:
+        with pytest.raises(UserError, match="DeepSpeedZeroConfig, no_such_field"):
+            _initialize(None, None, Refuses().config)
+    finally:
+        deepspeed.initialize = original
