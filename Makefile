@@ -22,6 +22,7 @@ help:
 
 demo: install
 	$(BIN)/deepspeed dopsd_fast/train.py
+	$(BIN)/python -m dopsd_fast.nano.report
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

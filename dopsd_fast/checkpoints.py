@@ -1,8 +1,8 @@
 """The trainer's state on disk: safetensors and JSON, atomic, readable at any world size and ZeRO stage.
 
-    <folder>/step-000100/rank-0000.safetensors    "name|offset|kind" -> flat fp32 elements [offset, ...) of a trained tensor;
-                                                  kind master, exp_avg, exp_avg_sq, ema; step (int64 scalar)
-    <folder>/step-000100/state.json               step, world, stage, the size of every file, `extra` of the caller
+    <folder>/step-000100/rank-0000.safetensors    "name|offset|kind" -> flat fp32 elements from `offset` of a trained
+                                                  tensor; kind master, exp_avg, exp_avg_sq, ema; step (int64 scalar)
+    <folder>/step-000100/state.json               step, world, stage, the size of every file, the caller's `extra`
 
 A folder counts only when state.json is there and every file it lists has its size; anything else is ignored.
 """
@@ -34,8 +34,8 @@ _NAME = re.compile(r"step-(\d{6,})")
 def save(folder: Path, engine: Engine, extra: dict[str, Any], step: int, keep: int) -> Path:
     """Writes `<folder>/step-<step>` and then removes the oldest beyond `keep` (0: none). Every rank calls it.
 
-    The folder appears under its name only when it is complete and on the disk. A complete checkpoint of the same step is left
-    as it is. Raises UserError on every rank when any rank cannot write; earlier checkpoints are then untouched.
+    The folder appears under its name only when it is complete and on the disk. A complete checkpoint of the same step
+    is left as it is. Raises UserError on every rank when any rank cannot write; earlier checkpoints are then untouched.
     """
     folder = Path(folder)
     final = folder / f"step-{step:06d}"
@@ -82,7 +82,8 @@ def read_extra(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, engine: Engine) -> dict[str, Any]:
-    """Puts the checkpoint `path` (or the latest one in the folder `path`) into the engine; `extra`. Every rank calls it.
+    """Puts the checkpoint `path` (or the latest one in the folder `path`) into the engine; `extra`. Every rank calls
+    it.
 
     The saving run may have had another world size or ZeRO stage: each rank reads the ranges it needs.
     """
@@ -140,14 +141,15 @@ class _Reader:
 def _write_fragments(path: Path, engine: Engine) -> None:
     """This rank's safetensors file, one fragment in memory at a time, on the disk when it returns.
 
-    Layout: https://github.com/huggingface/safetensors#format (header length as 8 bytes, JSON header, data without gaps).
+    Layout: https://github.com/huggingface/safetensors#format (header length as 8 bytes, JSON header, data without
+    gaps).
     """
     header: dict[str, Any] = {}
     end = 0
     for name, offset, numel in engine.fragment_sizes():
         for kind in engine.kinds:
-            header[_key(name, offset, kind)] = {"dtype": "F32", "shape": [numel], "data_offsets": [end, end + 4 * numel]}
-            end += 4 * numel
+            begin, end = end, end + 4 * numel
+            header[_key(name, offset, kind)] = {"dtype": "F32", "shape": [numel], "data_offsets": [begin, end]}
     for name, offset, _ in engine.fragment_sizes():
         header[_key(name, offset, "step")] = {"dtype": "I64", "shape": [], "data_offsets": [end, end + 8]}
         end += 8

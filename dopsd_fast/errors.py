@@ -9,3 +9,7 @@ class UserError(Exception):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+class AgreedError(UserError):
+    """A UserError that every rank raises with the same text, so that rank 0 alone needs to say it."""

@@ -36,8 +36,8 @@ def export_full(family: Family, named_tensors: Iterable[tuple[str, Tensor]], out
     """Writes `out`: the family's pipeline folder with `named_tensors` as its transformer.
 
     Everything but the transformer's weights is a hard link to the source's file (a copy where links are impossible),
-    `vlm/` included. The weights keep the source's shards, dtypes and order; each tensor goes to its place as it arrives,
-    so that one tensor is in memory at a time. Raises `UserError` for a name or shape the source does not have, for
+    `vlm/` included. The weights keep the source's shards, dtypes and order; each tensor goes to its place as it
+    arrives, so that one tensor is in memory at a time. Raises `UserError` for a name or shape the source does not have, for
     missing names, and for a full disk; `out` is then as it was.
     """
     source = family.path / "transformer"
@@ -121,7 +121,7 @@ def _close(stream) -> None:
 
 
 def link_tree(source: Path, target: Path, skip: Path | None = None, skip_suffixes: Iterable[str] = ()) -> None:
-    """Hard-links (else copies) the regular files below `source`; hidden files, `skip` and `skip_suffixes` are left out."""
+    """Hard-links (else copies) the files below `source`; hidden files, `skip` and `skip_suffixes` are left out."""
     target.mkdir(parents=True, exist_ok=True)
     for entry in sorted(source.iterdir()):
         if entry.name.startswith(".") or entry == skip:

@@ -1,68 +1,191 @@
-"""The folder of one run: whose it is, what a resumed run may change, and where its parts lie."""
+"""The folder of one run: whose it is, what a continued run may change, and where it goes on from."""
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any
 
+from dopsd_fast import checkpoints
 from dopsd_fast.errors import UserError
+from dopsd_fast.export import link_tree
 from dopsd_fast.settings import Settings, load_settings
 
-MAY_CHANGE = ("resume", "recipe", "output.", "sample.every", "checkpoint.", "train.threads", "train.steps", "conditioning.cache",
+PARTS = ("metrics.jsonl", "checkpoints", "samples", "tensorboard", "export", "export_teacher")
+"""What a run leaves beside its settings.toml. Without any of them there is nothing to lose, and nothing to continue."""
+
+MAY_CHANGE = ("resume", "recipe", "output.", "sample.every", "checkpoint.", "train.threads", "conditioning.cache",
               "conditioning.folder", "data.skip_bad")
-"""Settings that do not enter the numbers of a step, and so may differ when a run continues."""
+"""Settings that never enter the numbers of a step, and so may differ when a run continues."""
+
+LOCK_SECONDS = 60.0
 
 
-def open_run(settings: Settings) -> tuple[Path, Path | None]:
-    """The run folder, made if need be, and the folder to resume from (None to start anew). Rank 0 calls it.
+class FolderLock:
+    """Keeps a second process out of a run folder for as long as this process lives: ranks whose launcher was killed may
+    still be saving when the user starts the run again."""
 
-    Raises UserError when the folder holds a run and `resume` does not say to continue it, or when that run had other
-    settings.
+    def __init__(self) -> None:
+        self.file: IO[str] | None = None
+
+    def take(self, folder: Path, say: Callable[[str], None]) -> None:
+        """Waits up to LOCK_SECONDS for the other process to end, then raises UserError."""
+        self.file = open(folder / ".lock", "a", encoding="utf-8")
+        started = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                pass
+            except OSError:  # a file system without locks
+                return
+            if time.monotonic() - started > LOCK_SECONDS:
+                raise UserError(f"output.dir={folder} is in use by a run that is still going: stop it, or name another folder")
+            if say is not _silent:
+                say(f"{folder} is still in use: waiting for the other process to end")
+                say = _silent
+            time.sleep(0.2)
+
+
+def open_run(
+    settings: Settings, global_batch: int, lock: FolderLock, say: Callable[[str], None]
+) -> tuple[Path, Path | None]:
+    """The run folder, made if need be and locked, and the checkpoint to go on from (None: from the start). Rank 0 calls it.
+
+    resume=never takes a folder without a run; auto begins or continues; a path to a run or to one of its checkpoints
+    continues there, or in another output.dir, which then starts as a copy of the run up to that checkpoint. Raises
+    UserError when the folder holds a run that may not be continued, or one with other settings, or cannot be written.
     """
-    folder = Path(settings.output.dir).expanduser() if settings.output.dir else _new_folder(settings)
-    source = folder
-    if settings.resume not in ("auto", "never"):
-        source = Path(settings.resume).expanduser()
-        if source.parent.name == "checkpoints":
-            source = source.parent.parent
-        if not (source / "settings.toml").is_file():
-            raise UserError(f"resume={settings.resume}: no run there (settings.toml is missing)")
+    try:
+        return _open(settings, global_batch, lock, say)
+    except OSError as error:
+        raise UserError(f"output.dir={error.filename or settings.output.dir}: cannot be written ({error.strerror})") from error
+
+
+def _open(settings: Settings, global_batch: int, lock: FolderLock, say: Callable[[str], None]) -> tuple[Path, Path | None]:
+    source = _named_checkpoint(settings.resume) if settings.resume not in ("auto", "never") else None
+    if settings.output.dir:
+        folder = Path(settings.output.dir).expanduser()
+    else:
+        folder = source.parent.parent if source else _new_folder(settings)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output.dir={folder} is a file: name a folder")
-    occupied = (folder / "settings.toml").is_file()
-    if occupied and settings.resume == "never":
-        raise UserError(f"output.dir={folder} holds another run: choose a new folder, or continue it with resume=auto")
-    if not occupied and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"output.dir={folder} is not empty and holds no run of this program: choose a new folder")
-    resuming = (source / "settings.toml").is_file()
-    if resuming:
-        _check_same(settings, load_settings([str(source / "settings.toml")]), source)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / "settings.toml.part"
-        part.write_text(settings.model_copy(update={"output": settings.output.model_copy(update={"dir": str(folder)})})
-                        .to_toml(), encoding="utf-8")
-        part.replace(folder / "settings.toml")
-    except OSError as error:
-        raise UserError(f"output.dir={folder}: cannot be written ({error.strerror})") from error
-    return folder, source / "checkpoints" if resuming else None
+    in_place = source is not None and folder.resolve() == source.parent.parent.resolve()
+    _check_free(folder, settings, in_place)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock.take(folder, say)
+    _check_free(folder, settings, in_place)  # the process that was waited for may have begun a run here
+
+    if source is not None and not in_place:
+        _check_same(settings, source.parent.parent, source, global_batch)
+        _branch(source, folder)
+    found = checkpoints.latest(folder / "checkpoints")
+    if _holds_run(folder):
+        _check_same(settings, folder, found, global_batch)
+    if in_place and found is not None and source is not None and found.name != source.name:
+        raise UserError(f"resume={settings.resume}: {folder} has gone on to {found.name}: give another output.dir")
+    output = settings.output.model_copy(update={"dir": str(folder)})
+    _write(folder / "settings.toml", settings.model_copy(update={"output": output}).to_toml())
+    return folder, found
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / "settings.toml").is_file() and any((folder / part).exists() for part in PARTS)
+
+
+def _check_free(folder: Path, settings: Settings, in_place: bool) -> None:
+    if _holds_run(folder):
+        if settings.resume == "never":
+            raise UserError(f"output.dir={folder} holds another run: choose a new folder, or continue it with resume=auto")
+        if settings.resume != "auto" and not in_place:
+            raise UserError(f"output.dir={folder} holds another run than resume={settings.resume}: "
+                            "choose a new folder, or continue it with resume=auto")
+        return
+    for part in PARTS:
+        if (folder / part).exists():  # and no settings.toml
+            raise UserError(f"output.dir={folder} holds {part} but no settings.toml of a run: choose a new folder")
+
+
+def _named_checkpoint(resume: str) -> Path:
+    """The checkpoint that a path names: itself, or the latest of a run."""
+    path = Path(resume).expanduser()
+    named = path.parent.name == "checkpoints"
+    run = path.parent.parent if named else path
+    if not (run / "settings.toml").is_file():
+        raise UserError(f"resume={resume}: no run there (settings.toml is missing)")
+    found = path if named else checkpoints.latest(run / "checkpoints")
+    if found is None:
+        raise UserError(f"resume={resume}: that run has no complete checkpoint")
+    checkpoints.read_extra(found)
+    return found
 
 
 def _new_folder(settings: Settings) -> Path:
     stem = f"runs/{settings.recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return next(path for i in range(1000) if not (path := Path(f"{stem}-{i}" if i else stem)).exists())
+    for i in range(1000):
+        folder = Path(f"{stem}-{i}" if i else stem)
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise UserError(f"output.dir: {stem} and a thousand like it exist, name a folder")
 
 
-def _check_same(now: Settings, before: Settings, folder: Path) -> None:
+def _branch(source: Path, folder: Path) -> None:
+    """Gives `folder` the checkpoint (as hard links), the metrics and the first pictures of another run."""
+    run = source.parent.parent
+    (folder / "settings.toml").unlink(missing_ok=True)  # of a run that never began
+    begun = folder / "checkpoints.part"
+    shutil.rmtree(begun, ignore_errors=True)
+    link_tree(source, begun / source.name)
+    (folder / "samples").mkdir(exist_ok=True)
+    if (run / "samples" / "before").is_dir():
+        shutil.copytree(run / "samples" / "before", folder / "samples" / "before", dirs_exist_ok=True)
+    if (run / "metrics.jsonl").is_file():
+        shutil.copyfile(run / "metrics.jsonl", folder / "metrics.jsonl")
+    begun.rename(folder / "checkpoints")
+
+
+def _check_same(settings: Settings, run: Path, checkpoint: Path | None, global_batch: int) -> None:
+    """The run's settings are `settings`, as far as its numbers depend on them."""
+    now, before = settings, load_settings([str(run / "settings.toml")])
+    ran = checkpoints.read_extra(checkpoint).get("global_batch") if checkpoint is not None else None
+    old = _flat(before.model_dump())
     for name, value in _flat(now.model_dump()).items():
-        old = _flat(before.model_dump()).get(name)
-        if value != old and not name.startswith(MAY_CHANGE):
-            raise UserError(f"{folder} holds a run with {name}={old!r}, not {value!r}: "
-                            f"give {name}={old} to continue it, or another output.dir")
+        if value == old.get(name) or name.startswith(MAY_CHANGE):
+            continue
+        if name == "train.steps" and now.train.schedule == before.train.schedule == "constant":
+            continue
+        if name in ("train.batch_size", "train.accumulation") and ran == global_batch:
+            continue
+        raise UserError(f"{run} holds a run with {name}={old.get(name)!r}, not {value!r}: "
+                        f"give {name}={old.get(name)} to continue it, or another output.dir")
+    if ran is not None and ran != global_batch:
+        raise UserError(f"{run} holds a run with {ran} samples a step, now train.batch_size={now.train.batch_size} x "
+                        f"train.accumulation={now.train.accumulation} x the number of ranks = {global_batch}: make them equal")
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     out = {}
     for name, value in tree.items():
         out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return out
+
+
+def _write(file: Path, text: str) -> None:
+    part = file.with_name(file.name + ".part")
+    with open(part, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(file)
+
+
+def _silent(text: str) -> None:
+    pass

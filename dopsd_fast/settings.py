@@ -201,8 +201,9 @@ class OutputSettings(Section):
 class Settings(Section):
     recipe: Text = ""
     """Name of the recipe that the settings started from."""
-    resume: Text = "auto"
-    """auto continues output.dir if its settings match; never starts anew; a path continues that checkpoint or run."""
+    resume: Text = "never"
+    """never refuses an output.dir that holds a run; auto continues the run there, or begins one; a path (of a run, or of one
+    of its checkpoints) continues from there, in place or in another output.dir."""
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()

@@ -1,4 +1,5 @@
-"""The distributed engine: DeepSpeed, ZeRO 0 to 3, on CUDA (NCCL) and CPU (gloo), with the EMA teacher kept on the shard."""
+"""The distributed engine: DeepSpeed, ZeRO 0 to 3, on CUDA (NCCL) and CPU (gloo), with the EMA teacher kept on the
+shard."""
 
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ class Ranks:
 
 
 def init_distributed(timeout: timedelta = timedelta(hours=1)) -> Ranks:
-    """Joins the process group that the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*) describes, or starts a
-    group of one. A second call only reports."""
+    """Joins the process group that the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*) describes, or
+    starts a group of one. A second call only reports."""
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -66,8 +67,8 @@ def init_distributed(timeout: timedelta = timedelta(hours=1)) -> Ranks:
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [offset, offset + numel) of a trained tensor, held by this rank at [start, start + numel) of `flat`, the tensor
-    that the optimizer knows."""
+    """Elements [offset, offset + numel) of a trained tensor, held by this rank at [start, start + numel) of `flat`, the
+    tensor that the optimizer knows."""
 
     trained: Trained
     offset: int
@@ -79,14 +80,14 @@ class Fragment:
 class Engine:
     """`pair` under DeepSpeed with AdamW + EMA.
 
-        with engine.accumulating():         # any number of backwards: gradients are summed in fp32 on this rank
-            engine.backward(loss)
-        norm = engine.step(lr)              # reduced once, averaged over ranks; then AdamW, the EMA, the teacher's weights
+        with engine.accumulating():     # any number of backwards: gradients are summed in fp32 on this rank,
+            engine.backward(loss)       # then reduced once
+        norm = engine.step(lr)          # AdamW, the EMA, the teacher's weights
 
-    The gradient of the step is the mean over ranks of the sum of its backwards: with losses that are means over a rank's items,
-    scaled by 1 / accumulation, it is the gradient of the global batch. An exception that leaves `accumulating` drops this
-    rank's gradients and reduces nothing.
-    precision=bf16: parameters are bf16; master weights, moments, EMA and gradient sums fp32.
+    The gradient of the step is the mean over ranks of the sum of its backwards: with losses that are means over a
+    rank's items, scaled by 1 / accumulation, it is the gradient of the global batch. An exception that leaves
+    `accumulating` drops this rank's gradients and reduces nothing. precision=bf16: parameters are bf16; master weights,
+    moments, EMA and gradient sums fp32.
     """
 
     def __init__(self, pair: Pair, settings: Settings) -> None:
@@ -95,13 +96,14 @@ class Engine:
         ranks = init_distributed()
         self.pair, self.rank, self.world, self.device = pair, ranks.rank, ranks.world, ranks.device
         self.stage = int(settings.deepspeed.stage)
-        self.teacher_kind = settings.teacher.kind
         self._clip = float(settings.train.grad_clip)
         self._trained = pair.trained()
         params = [trained.student for trained in self._trained]
         for param in params:
             param.grad_dtype = torch.float32
-        self.keeps_ema = self.teacher_kind == "ema"
+        self.keeps_ema = settings.teacher.kind == "ema"
+        if self.keeps_ema and any(trained.teacher is None for trained in self._trained):
+            raise ValueError("teacher.kind=ema, but the pair was built without a teacher")
         self.optimizer = AdamWEMA(
             params,
             lr=settings.train.learning_rate,
@@ -111,20 +113,16 @@ class Engine:
             ema_decay=settings.teacher.ema_decay if self.keeps_ema else None,
         )
         self._engine = _initialize(pair, self.optimizer, deepspeed_config(settings))
-        self._zero = self._engine.optimizer if self.stage else None
+        self._zero: Any = self._engine.optimizer if self.stage else None  # DeepSpeed's ZeRO optimizer around ours
         if self.stage in (1, 2) and params[0].dtype != torch.float32:
-            # DeepSpeed's stage-1 path: sum in `param.grad_accum` and reduce from there, so that what is communicated is the
-            # fp32 sum. Its stage 2 would round the sum to bf16 first.
-            self._zero.gradient_accumulation_dtype = torch.float32
-            self._zero.use_separate_grad_accum = True
-            self._zero.use_grad_accum_attribute = True
+            _reduce_fp32(self._zero)
         self._fragments = list(self._find_fragments())
         for flat in {id(f.flat): f.flat for f in self._fragments}.values():
             self.optimizer.init_state(flat, self.keeps_ema)
         self._teacher_flats = self._flatten_teacher() if self.stage in (1, 2) and self.keeps_ema else []
         self.kinds = ("master", "exp_avg", "exp_avg_sq") + (("ema",) if self.keeps_ema else ())
 
-    # ---- one step -------------------------------------------------------------------------------------------------------
+    # ---- one step ------------------------------------------------------------------------------------------
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -149,7 +147,8 @@ class Engine:
     def step(self, lr: float) -> float:
         """One optimizer step; the global gradient norm before clipping, the same on every rank.
 
-        A norm that is not finite (inf or nan) is returned, and nothing changes: weights, moments, EMA and step counts stay.
+        A norm that is not finite (inf or nan) is returned, and nothing changes: weights, moments, EMA and step counts
+        stay.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -169,7 +168,7 @@ class Engine:
 
     def _clip_gradients(self) -> float:
         """Stage 0: what DeepSpeed's ZeRO optimizers do, with their formula."""
-        grads = [trained.student.grad for trained in self._trained]
+        grads: list[Tensor] = [trained.student.grad for trained in self._trained]
         norm = torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).norm()
         if self._clip > 0:
             factor = 1.0 / ((norm + 1e-6) / self._clip).clamp(min=1.0)
@@ -182,7 +181,7 @@ class Engine:
             trained.student.grad = None
             trained.student.grad_accum = None
 
-    # ---- where the optimizer's tensors are --------------------------------------------------------------------------------
+    # ---- where the optimizer's tensors are -----------------------------------------------------------------
 
     def _find_fragments(self) -> Iterator[Fragment]:
         for trained in self._trained:
@@ -209,7 +208,7 @@ class Engine:
         whole = state.get("master", fragment.flat) if kind == "master" else state[kind]
         return whole.detach().view(-1).narrow(0, fragment.start, fragment.numel)
 
-    # ---- the teacher's weights ----------------------------------------------------------------------------------------------
+    # ---- the teacher's weights -----------------------------------------------------------------------------
 
     @torch.no_grad()
     def _refresh_teacher(self) -> None:
@@ -220,7 +219,7 @@ class Engine:
             self._write_partitions((f.trained.teacher, self._state(f, "ema")) for f in self._fragments)
         elif self.stage == 0:
             for fragment in self._fragments:
-                _of(fragment.trained.teacher).data.view(-1).copy_(self._state(fragment, "ema"))
+                fragment.trained.teacher.data.view(-1).copy_(self._state(fragment, "ema"))
         else:
             for group, whole in enumerate(self._teacher_flats):
                 parts = list(whole.chunk(self.world))
@@ -229,11 +228,11 @@ class Engine:
                 torch.distributed.all_gather(parts, parts[self.rank].clone())
 
     def _flatten_teacher(self) -> list[Tensor]:
-        """Stages 1 and 2: lays the teacher's parameters out as DeepSpeed laid out the student's, so that one gather per group
-        distributes the EMA."""
+        """Stages 1 and 2: lays the teacher's parameters out as DeepSpeed laid out the student's, so that one gather per
+        group distributes the EMA."""
         flats = [flat.clone() for flat in self._zero.bit16_groups_flat]
         for trained in self._trained:
-            student, teacher = trained.student, _of(trained.teacher)
+            student, teacher = trained.student, trained.teacher
             for source, flat in zip(self._zero.bit16_groups_flat, flats):
                 if student.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
                     start = student.storage_offset() - source.storage_offset()
@@ -242,24 +241,23 @@ class Engine:
                     teacher.data = view
         return flats
 
-    def _write_partitions(self, values: Iterator[tuple[nn.Parameter | None, Tensor]]) -> None:
+    def _write_partitions(self, values: Iterator[tuple[Any, Tensor]]) -> None:
         """Stage 3: overwrites this rank's partitions; parameters that DeepSpeed keeps gathered are gathered anew."""
         gathered = [t for trained in self._trained for t in (trained.teacher, trained.student) if t is not None]
         gathered = [param for param in gathered if param.ds_status.name == "AVAILABLE"]
         if gathered:
             gathered[0].partition(gathered)
         for param, value in values:
-            param = _of(param)
             param.ds_tensor.data.view(-1).narrow(0, 0, value.numel()).copy_(value)
             param.ds_secondary_tensor = None
         if gathered:
             gathered[0].all_gather(gathered)
 
-    # ---- state in and out -----------------------------------------------------------------------------------------------------
+    # ---- state in and out ----------------------------------------------------------------------------------
 
     def state_fragments(self) -> Iterator[tuple[str, int, dict[str, Tensor], int]]:
-        """(name, offset, {kind: flat fp32 CPU tensor}, optimizer step) for every fragment that this rank is to store; no
-        collective calls. Where all ranks hold the same (stage 0), only rank 0 stores. Kinds: `self.kinds`."""
+        """(name, offset, {kind: flat fp32 CPU tensor}, optimizer step) for every fragment that this rank is to store;
+        no collective calls. Where all ranks hold the same (stage 0), only rank 0 stores. Kinds: `self.kinds`."""
         if self.stage == 0 and self.rank != 0:
             return
         for fragment in self._fragments:
@@ -274,8 +272,8 @@ class Engine:
 
     @torch.no_grad()
     def load_fragments(self, reader: Reader) -> None:
-        """The inverse of `state_fragments`, for any world size and stage: asks `reader` for the ranges of this rank, then casts
-        masters into the parameters and the EMA into the teacher."""
+        """The inverse of `state_fragments`, for any world size and stage: asks `reader` for the ranges of this rank,
+        then casts masters into the parameters and the EMA into the teacher."""
         for fragment in self._fragments:
             name = fragment.trained.name
             for kind in self.kinds:
@@ -292,9 +290,9 @@ class Engine:
 
     @torch.no_grad()
     def full_tensors(self, which: str) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor) of every trained tensor and persistent buffer of "student" (fp32 master) or "teacher" (fp32 EMA;
-        frozen: its weights; kind=student: the student's), on the CPU of rank 0. Every rank must iterate to the end; the
-        others get empty tensors."""
+        """(name, whole tensor) of every trained tensor and persistent buffer of "student" (fp32 master) or "teacher"
+        (fp32 EMA; frozen: its weights; kind=student: the student's), on the CPU of rank 0. Every rank must iterate to
+        the end; the others get empty tensors."""
         if which not in (STUDENT, TEACHER):
             raise ValueError(f"which is {which!r}, must be 'student' or 'teacher'")
         mine: dict[str, list[Fragment]] = {}
@@ -323,7 +321,7 @@ class Engine:
             return teacher.ds_tensor.view(-1).narrow(0, 0, fragment.numel)
         return teacher.detach().view(-1).narrow(0, fragment.offset, fragment.numel)
 
-    # ---- among the ranks --------------------------------------------------------------------------------------------------------
+    # ---- among the ranks -----------------------------------------------------------------------------------
 
     def barrier(self) -> None:
         self.gather_int(0)  # unlike torch.distributed.barrier, needs no device guess
@@ -383,10 +381,13 @@ def _initialize(pair: Pair, optimizer: torch.optim.Optimizer, config: dict[str, 
         logger.setLevel(level)
 
 
-def _of(param: nn.Parameter | None) -> nn.Parameter:
-    if param is None:
-        raise UserError("teacher.kind=ema needs a teacher, and this pair was built without one: build it with the same settings")
-    return param
+def _reduce_fp32(zero: Any) -> None:
+    """Makes DeepSpeed's stage 1 and 2 optimizer sum bf16 gradients in fp32 (`param.grad_accum`) and reduce that sum: its own
+    path at stage 1, which the configuration chooses only together with an optimizer that cannot reduce once per step. Stage
+    2 as configured rounds the sum to bf16 first."""
+    zero.gradient_accumulation_dtype = torch.float32
+    zero.use_separate_grad_accum = True
+    zero.use_grad_accum_attribute = True
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

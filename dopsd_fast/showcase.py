@@ -94,7 +94,9 @@ class Showcase:
         """x_1 `[1, C, h, w]`: the student from the text; the teacher from the text and the target image where there is one."""
         trainer, s = self.trainer, self.trainer.settings
         seen = branch == "teacher" and shown.record is not None and trainer.objective.needs_teacher
-        context = trainer.context("teacher", shown.record, shown.prompt) if seen else trainer.context("student", shown.prompt)
+        context = (
+            trainer.context("teacher", shown.record, shown.prompt) if seen else trainer.context("student", shown.prompt)
+        )
         noise = self.noise(shown, index)
         grid = trainer.family.sample_grid(s.sample.steps, tuple(noise.shape[1:]))
         with trainer.pair.branch(branch) as transformer:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dopsd_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from dopsd_fast.families.base import Family
+    from dopsd_fast.families.base import Context, Family
     from dopsd_fast.settings import Settings
 
 STUDENT, TEACHER = "student", "teacher"
@@ -23,11 +23,12 @@ STUDENT, TEACHER = "student", "teacher"
 
 @dataclass(frozen=True)
 class Trained:
-    """One trained tensor: its stock name (for an adapter without the adapter's name), and the teacher's counterpart or None."""
+    """One trained tensor: its stock name (for an adapter without the adapter's name), and the teacher's counterpart or
+    None."""
 
     name: str
-    student: nn.Parameter
-    teacher: nn.Parameter | None
+    student: Any  # nn.Parameter; Any because DeepSpeed hangs its own attributes on it
+    teacher: Any
 
 
 class Pair(nn.Module):
@@ -49,24 +50,25 @@ class Pair(nn.Module):
         self._adapted = _adapter_layers(student) if lora_config is not None else []
         self.has_teacher_adapter = any(TEACHER in layer.lora_A for layer in self._adapted)
 
-    def forward(self, x: Tensor, t: Tensor, *, family: Family, contexts: Sequence[dict[str, Tensor]]) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, *, family: Family, contexts: list[Context]) -> Tensor:
         return family.velocity(self.student, x, t, contexts)
 
-    def student_velocity(self, family: Family, x: Tensor, t: Tensor, contexts: Sequence[dict[str, Tensor]]) -> Tensor:
+    def student_velocity(self, family: Family, x: Tensor, t: Tensor, contexts: list[Context]) -> Tensor:
         """v_s `[B, C, h, w]` at x `[B, C, h, w]`, t `[B]`, with gradient."""
         return self(x, t, family=family, contexts=contexts)
 
     @torch.no_grad()
-    def teacher_velocity(self, family: Family, x: Tensor, t: Tensor, contexts: Sequence[dict[str, Tensor]]) -> Tensor:
-        """v_t, shaped as x, without gradient. Not through `forward`: ZeRO-3 records one trace from each call of this module to
-        the next, and student, teacher, backward is the sequence that repeats."""
+    def teacher_velocity(self, family: Family, x: Tensor, t: Tensor, contexts: list[Context]) -> Tensor:
+        """v_t, shaped as x, without gradient. Not through `forward`: ZeRO-3 records one trace from each call of this
+        module to the next, and student, teacher, backward is the sequence that repeats."""
         with self.branch(TEACHER) as transformer:
             return family.velocity(transformer, x, t, contexts)
 
     @contextmanager
     def branch(self, name: str) -> Iterator[nn.Module]:
-        """The transformer to call for "student" or "teacher"; the student's adapter is active again afterwards, so a later
-        backward recomputes with it. PEFT's own set_adapter is not used because it turns requires_grad on and off."""
+        """The transformer to call for "student" or "teacher"; the student's adapter is active again afterwards, so a
+        later backward recomputes with it. PEFT's own set_adapter is not used because it turns requires_grad on and
+        off."""
         if name == TEACHER and self.has_teacher_adapter:
             self._activate(TEACHER)
             try:
@@ -107,9 +109,7 @@ def build_pair(family: Family, settings: Settings, dtype: torch.dtype) -> Pair:
     if settings.adapter.kind == "lora":
         adapters = [STUDENT] if kind == "student" else [STUDENT, TEACHER]
         targets = settings.adapter.targets or family.lora_targets
-        config = add_adapters(
-            student, targets, settings.adapter.rank, settings.adapter.alpha, settings.train.seed, adapters
-        )
+        config = add_adapters(student, targets, settings.adapter.rank, settings.adapter.alpha, settings.train.seed, adapters)
         pair = Pair(student, None, config)
     else:
         teacher = None if kind == "student" else copy.deepcopy(student)
@@ -119,12 +119,13 @@ def build_pair(family: Family, settings: Settings, dtype: torch.dtype) -> Pair:
         if param.is_floating_point() and param.dtype != dtype:
             param.data = param.data.to(dtype)
     if settings.train.recompute:
-        student.enable_gradient_checkpointing()
+        student.enable_gradient_checkpointing()  # type: ignore[operator]
     return pair
 
 
 def lora_coverage(transformer: nn.Module, targets: Sequence[str]) -> dict[str, int]:
-    """How many linear layers each target matches: by full name, or by the end of it after a dot (PEFT's rule for a list)."""
+    """How many linear layers each target matches: by full name, or by the end of it after a dot (PEFT's rule for a
+    list)."""
     names = _linear_names(transformer)
     return {target: sum(_matches(name, target) for name in names) for target in targets}
 
@@ -132,9 +133,11 @@ def lora_coverage(transformer: nn.Module, targets: Sequence[str]) -> dict[str, i
 def add_adapters(
     transformer: nn.Module, targets: Sequence[str], rank: int, alpha: float, seed: int, adapters: Sequence[str]
 ) -> Any:
-    """Injects LoRA adapters y = W x + (alpha / rank) B A x, A gaussian (std 1 / rank, from `seed`), B zero, all of them equal.
+    """Injects LoRA adapters y = W x + (alpha / rank) B A x, A gaussian (std 1 / rank, from `seed`), B zero, all of them
+    equal.
 
-    Only the first adapter is active, and only its weights require gradients. Works on the meta device. Returns the LoraConfig.
+    Only the first adapter is active, and only its weights require gradients. Works on the meta device. Returns the
+    LoraConfig.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -149,18 +152,22 @@ def add_adapters(
         )
     alpha = int(alpha) if float(alpha).is_integer() else alpha  # as PEFT and diffusers write it
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
+    on_meta = any(param.is_meta for param in transformer.parameters())
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "already found a peft_config": meant, it is the second adapter
         torch.manual_seed(seed)
         for adapter in adapters:
-            inject_adapter_in_model(config, transformer, adapter_name=adapter)
+            try:
+                inject_adapter_in_model(config, transformer, adapter_name=adapter, low_cpu_mem_usage=on_meta)
+            except ValueError as error:
+                raise UserError(f"adapter.targets: {error}") from error
     first = adapters[0]
     for layer in _adapter_layers(transformer):
         layer._active_adapter = [first]
         for parts in (layer.lora_A, layer.lora_B):
             for adapter, part in parts.items():
                 part.requires_grad_(adapter == first)
-                if adapter != first:
+                if adapter != first and not on_meta:
                     part.load_state_dict(parts[first].state_dict())
     return config
 

@@ -31,6 +31,10 @@ class MetricsLog:
         self.lines = open(self.path, "a", encoding="utf-8")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
+    def sync(self) -> None:
+        """On the disk before the checkpoint that relies on it."""
+        os.fsync(self.lines.fileno())
+
     def append(self, row: dict[str, Any]) -> None:
         self.lines.write(json.dumps(row) + "\n")
         self.lines.flush()
@@ -38,6 +42,7 @@ class MetricsLog:
             self.board.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
+        self.sync()
         self.lines.close()
         self.board.close()
 
@@ -140,33 +145,11 @@ def outlive_console() -> None:
     sys.stdout, sys.stderr = Deaf(sys.stdout), Deaf(sys.stderr)
 
 
-class StopRequest:
-    """Remembers that the run was asked to stop: SIGTERM, SIGINT, SIGHUP, or the death of the process that started it.
+def quiet_libraries() -> None:
+    """No progress bars and no advice from the model libraries: their errors reach the user as this program's."""
+    import diffusers
+    import transformers
 
-    Handlers only set a flag, so a signal (or ten) during a save tears nothing; the trainer looks at step boundaries.
-    Until `arm`, signals act as usual: there is nothing to save yet.
-    """
-
-    def __init__(self) -> None:
-        import signal
-
-        self.reason: str | None = None
-        self.code = 0
-        self.parent = os.getppid()
-        self.signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-    def arm(self) -> None:
-        import signal
-
-        for number in self.signals:
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: object) -> None:
-        import signal
-
-        self.reason, self.code = self.reason or signal.Signals(number).name, 128 + number
-
-    def asked(self) -> bool:
-        if self.reason is None and os.getppid() != self.parent:
-            self.reason, self.code = "the launcher died", 1
-        return self.reason is not None
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()

@@ -2,33 +2,46 @@
 
 import os
 import sys
-import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 sys.path.insert(0, str(HERE.parent))
 
-from dopsd_fast.errors import UserError  # noqa: E402
+from dopsd_fast.errors import AgreedError, UserError  # noqa: E402
 from dopsd_fast.settings import help_text, load_settings, wants_help  # noqa: E402
+from dopsd_fast.stopping import StopRequest  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
+    stop = StopRequest()
     rank = int(os.environ.get("RANK", "0"))
     if wants_help(argv):
         if rank == 0:
             print(help_text())
         return 0
     try:
-        settings = load_settings(argv)
+        try:
+            settings = load_settings(argv)
+        except UserError as error:
+            raise AgreedError(str(error)) from None
         from dopsd_fast.trainer import train
 
-        return train(settings)
+        return train(settings, stop)
     except UserError as error:
-        if rank:
-            time.sleep(3)  # rank 0 says the same and the launcher ends the others, unless this rank alone failed
-        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        if rank == 0:
+            complain(str(error))
+        elif not isinstance(error, AgreedError):
+            complain(f"rank {rank}: {error}")
         return 2
+    except KeyboardInterrupt:
+        if rank == 0:
+            complain("interrupted before the first step; nothing is lost, and resume=auto goes on from here")
+        return 130
+
+
+def complain(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

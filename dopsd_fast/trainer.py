@@ -8,7 +8,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,32 +20,45 @@ from tqdm import tqdm
 from dopsd_fast import checkpoints
 from dopsd_fast.buckets import Item, item_noise, item_seed, micro_batch, plan_epoch
 from dopsd_fast.conditioning.cache import ContextCache
-from dopsd_fast.errors import UserError
+from dopsd_fast.errors import AgreedError, UserError
 from dopsd_fast.families import open_family
 from dopsd_fast.objective import NonFiniteLoss, StepInputs, StepReport, make_objective
 from dopsd_fast.publish import publish
 from dopsd_fast.records import Record, read_records
-from dopsd_fast.run_folder import open_run
+from dopsd_fast.run_folder import FolderLock, open_run
 from dopsd_fast.settings import Settings
 from dopsd_fast.sharding import Engine, init_distributed
 from dopsd_fast.showcase import Showcase
+from dopsd_fast.stopping import StopRequest
 from dopsd_fast.teacher import add_adapters, build_pair
-from dopsd_fast.telemetry import MetricsLog, Phases, StopRequest, outlive_console, peak_memory
+from dopsd_fast.telemetry import MetricsLog, Phases, outlive_console, peak_memory, quiet_libraries
 from dopsd_fast.trajectory import draw_times, grid_shift
 
 T = TypeVar("T")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "recvValueWithTimeout", "NCCL error")
+"""What gloo, NCCL and the store say when another process has gone."""
 
 
-def train(settings: Settings) -> int:
+def train(settings: Settings, stop: StopRequest) -> int:
     """Runs or continues the run that `settings` describes; the process's exit code. Every rank calls it.
 
-    0: finished. 128 + N: stopped by signal N, state saved. Raises UserError for whatever the user can put right.
+    0: finished. 128 + N: stopped by signal N, state saved. Raises UserError for whatever the user can put right, the same
+    on every rank where it can.
     """
     outlive_console()
-    stop = StopRequest()
-    trainer = Trainer(settings, stop)
-    return trainer.run()
+    try:
+        quiet_libraries()
+        return Trainer(settings, stop).run()
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        raise UserError(f"cannot read or write{where}: {error.strerror or error}; the last checkpoint is intact, "
+                        "resume=auto continues from it") from error
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in LOST_CONTACT):
+            raise
+        raise UserError("lost contact with another rank, which has ended or was killed: see its message; "
+                        "resume=auto continues from the last checkpoint") from error
 
 
 class Trainer:
@@ -58,23 +72,30 @@ class Trainer:
         torch.manual_seed(settings.train.seed)
         self.dtype = DTYPES[settings.train.precision]
 
-        self.family = open_family(settings.model.folder, self._conditioning(), settings.model.family)
-        self.data = read_records(settings.data, self.family.pixel_multiple)
         self.global_batch = settings.train.batch_size * settings.train.accumulation * self.world
-        self.batches_per_epoch = len(self._plan(0))
-        self._check_adapter()
-        self.folder, self.resume_from = self._rank0(lambda: open_run(settings))
         self.objective = make_objective(settings)
-        self.cache, self.keys = self._fill_cache()
-
-        self.pair = build_pair(self.family, settings, self.dtype).to(self.device)
-        self.parameters = sum(p.numel() for p in self.pair.student.parameters())
+        with self._together():
+            self.family = open_family(settings.model.folder, self._conditioning(), settings.model.family)
+            self.data = read_records(settings.data, self.family.pixel_multiple)
+            self.batches_per_epoch = len(self._plan(0))
+            self._check_model()
+        self.lock = FolderLock()
+        self.folder, found = self._rank0(lambda: open_run(settings, self.global_batch, self.lock, self.say))
+        self.first = int(checkpoints.read_extra(found)["step"]) if found is not None else 0
+        if self.first > settings.train.steps:
+            raise AgreedError(f"{self.folder} has done {self.first} steps, more than train.steps={settings.train.steps}")
+        with self._together():
+            self.cache, self.keys = self._fill_cache()
+        with self._together():
+            self.pair = build_pair(self.family, settings, self.dtype).to(self.device)
+            self.parameters = sum(p.numel() for p in self.pair.student.parameters())
         self.engine = Engine(self.pair, settings)
-        self.first = 0
-        if self.resume_from is not None and (found := checkpoints.latest(self.resume_from)) is not None:
-            self.first = int(checkpoints.load(found, self.engine)["step"])
-        self.showcase = Showcase(self)
+        if found is not None:
+            checkpoints.load(found, self.engine)
+        with self._together():
+            self.showcase = Showcase(self)
         self.phases = Phases(self.device)
+        self.log: MetricsLog | None = None
 
     # ---- before the loop -----------------------------------------------------------------------------------------------
 
@@ -90,8 +111,13 @@ class Trainer:
         vlm = self.settings.conditioning.vlm_path and str(self.settings.vlm_folder)
         return self.settings.conditioning.model_copy(update={"vlm_path": vlm})
 
-    def _check_adapter(self) -> None:
-        """A target that matches nothing is found before anything is loaded."""
+    def _check_model(self) -> None:
+        """What cannot work is found before anything is loaded: a needed part that is missing, a size that the model does not
+        take, a LoRA target that matches nothing."""
+        if self.objective.needs_teacher:
+            self.family.fingerprint("teacher", self.dtype)  # reads every file that the teacher's encoder needs
+        for size in {(r.height, r.width) for r in self.data.records}:
+            self.family.latent_shape(*size)
         adapter = self.settings.adapter
         if adapter.kind == "lora":
             targets = adapter.targets or self.family.lora_targets
@@ -99,16 +125,31 @@ class Trainer:
 
     def _rank0(self, call: Callable[[], T]) -> T:
         """The result of `call` on rank 0, on every rank; its UserError too."""
-        box: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
+        box: list[Any] = [None]
+        with self._together():
+            if self.rank == 0:
                 box[0] = call()
-            except UserError as error:
-                box[1] = str(error)
         torch.distributed.broadcast_object_list(box)
-        if box[1] is not None:
-            raise UserError(box[1])
         return box[0]
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """A UserError in the block on one rank is one on all, with the same text. The block holds no other collective call
+        than `_agree`."""
+        problem = ""
+        try:
+            yield
+        except AgreedError:
+            raise
+        except UserError as error:
+            problem = str(error)
+        self._agree(problem)
+
+    def _agree(self, problem: str = "") -> None:
+        problems: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(problems, problem)
+        if any(problems):
+            raise AgreedError(next(text for text in problems if text))
 
     def _plan(self, epoch: int) -> list[list[Item]]:
         s = self.settings
@@ -119,7 +160,7 @@ class Trainer:
         c = self.settings.conditioning
         folder = Path(c.folder).expanduser() if c.folder else self.folder.parent / "context_cache"
         cache = ContextCache(c.cache, folder, self.family, self.rank, self.world, self.say,
-                             barrier=lambda: self._rank0(lambda: None), device=self.device, dtype=self.dtype)
+                             barrier=self._agree, device=self.device, dtype=self.dtype)
         keys: dict[tuple, str] = {}
         for record in self.data.records:
             target = (record.images[0], record.height, record.width)
@@ -147,7 +188,7 @@ class Trainer:
         s = self.settings
         self.say(self.summary())
         self.stop.arm()
-        log = MetricsLog(self.folder, self.first) if self.rank == 0 else None
+        log = self.log = MetricsLog(self.folder, self.first) if self.rank == 0 else None
         self.showcase.start(self.first)
         bar = tqdm(total=s.train.steps, initial=self.first, unit="step", disable=self.rank != 0, file=sys.stderr,
                    mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True)
@@ -173,6 +214,7 @@ class Trainer:
             bar.close()
             if log is not None:
                 log.close()
+                self.log = None
         self.save(done)
         if done < s.train.steps:
             codes = [code for code in self.engine.gather_int(self.stop.code) if code]
@@ -258,8 +300,11 @@ class Trainer:
         return t.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
     def save(self, done: int) -> None:
+        if self.log is not None:
+            self.log.sync()
+        extra = {"step": done, "global_batch": self.global_batch}
         with self.phases("checkpoint"):
-            checkpoints.save(self.folder / "checkpoints", self.engine, {"step": done}, done, self.settings.checkpoint.keep)
+            checkpoints.save(self.folder / "checkpoints", self.engine, extra, done, self.settings.checkpoint.keep)
 
     def give_up(self, done: int, batch: list[Item], what: str) -> None:
         """Saves the last good state and says which batch broke it."""

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
+import math
 import os
 import socket
 import subprocess
@@ -44,7 +46,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Odd widths, so that shards end inside tensors and need padding; a parameter of its own beside its submodules; a buffer."""
+    """Odd widths, so that shards end inside tensors and need padding; a parameter of its own beside its submodules; a
+    buffer."""
 
     def __init__(self, width: int = 7, channels: int = SHAPE[0]) -> None:
         super().__init__()
@@ -70,6 +73,11 @@ class Transformer(nn.Module):
 
 class Family:
     lora_targets = ("to_q", "w1", "w2")
+    shape = SHAPE
+
+    def contexts(self, step: int) -> list[list[dict[str, torch.Tensor]]]:
+        generator = torch.Generator().manual_seed(200 + step)
+        return [[{"text": torch.randn(7, generator=generator)} for _ in range(GLOBAL_BATCH)] for _ in range(2)]
 
     def load_transformer(self, dtype: torch.dtype) -> nn.Module:
         with torch.random.fork_rng():
@@ -86,6 +94,22 @@ class Family:
         context = torch.stack([context["text"] for context in contexts])
         v = transformer(tokens.to(dtype), context.to(dtype))
         return v.transpose(1, 2).reshape(x.shape).to(x.dtype)
+
+
+class RealFamily:
+    """A family of dopsd_fast.families; the teacher sees another prompt than the student, of another length."""
+
+    def __init__(self, folder: str) -> None:
+        from dopsd_fast.families import open_family
+
+        family = open_family(folder, Settings().conditioning)
+        self.load_transformer, self.velocity = family.load_transformer, family.velocity
+        self.lora_targets, self.shape = family.lora_targets, family.latent_shape(16, 8)
+        prompts = ["a" * (1 + 3 * i) for i in range(2 * GLOBAL_BATCH)]
+        self.encoded = family.load_encoders().student(prompts)
+
+    def contexts(self, step: int) -> list[list[dict[str, torch.Tensor]]]:
+        return [self.encoded[:GLOBAL_BATCH], self.encoded[GLOBAL_BATCH:]]
 
 
 def make_settings(case: dict[str, Any], world: int) -> Settings:
@@ -110,7 +134,7 @@ def make_settings(case: dict[str, Any], world: int) -> Settings:
 def make_pair(case: dict[str, Any], settings: Settings):
     from dopsd_fast.teacher import build_pair
 
-    family = Family()
+    family = RealFamily(case["model"]) if "model" in case else Family()
     pair = build_pair(family, settings, torch.bfloat16 if settings.train.precision == "bf16" else torch.float32)
     for trained in pair.trained():  # B = 0 would hide errors of the teacher's adapter behind it
         if "lora_B" in trained.name:
@@ -122,20 +146,21 @@ def make_pair(case: dict[str, Any], settings: Settings):
     return family, pair
 
 
-def micro_batches(settings: Settings, rank: int, world: int, step: int):
-    """(noise, student contexts, teacher contexts) of each micro-batch: items a function of the step, not of the layout."""
+def micro_batches(family, settings: Settings, rank: int, world: int, step: int):
+    """(noise, student contexts, teacher contexts) of each micro-batch: items a function of the step, not of the
+    layout."""
     generator = torch.Generator().manual_seed(100 + step)
-    noise = torch.randn(GLOBAL_BATCH, *SHAPE, generator=generator)
-    texts = torch.randn(2, GLOBAL_BATCH, 7, generator=generator)
+    noise = torch.randn(GLOBAL_BATCH, *family.shape, generator=generator)
+    students, teachers = family.contexts(step)
     b = settings.train.batch_size
     for a in range(settings.train.accumulation):
         items = slice((a * world + rank) * b, (a * world + rank + 1) * b)
-        yield noise[items], [{"text": c} for c in texts[0, items]], [{"text": c} for c in texts[1, items]]
+        yield noise[items], students[items], teachers[items]
 
 
 def accumulate(backward, pair, family, settings: Settings, rank: int, world: int, step: int) -> None:
     """Two states of a trajectory per micro-batch, one backward each."""
-    for x, student_contexts, teacher_contexts in micro_batches(settings, rank, world, step):
+    for x, student_contexts, teacher_contexts in micro_batches(family, settings, rank, world, step):
         for k in range(2):
             t = torch.full((len(x),), 0.5 * k)
             v_s = pair.student_velocity(family, x, t, student_contexts)
@@ -145,10 +170,10 @@ def accumulate(backward, pair, family, settings: Settings, rank: int, world: int
 
 
 def probe(pair, family, which: str) -> torch.Tensor:
-    x = torch.linspace(-1, 1, 24).reshape(1, *SHAPE)
+    x = torch.linspace(-1, 1, math.prod(family.shape)).reshape(1, *family.shape)
     call = pair.student_velocity if which == "student" else pair.teacher_velocity
     with torch.no_grad():
-        return call(family, x, torch.tensor([0.3]), [{"text": torch.linspace(0, 1, 7)}]).clone()
+        return call(family, x, torch.tensor([0.3]), family.contexts(0)[0][:1]).clone()
 
 
 class Rig:
@@ -166,13 +191,11 @@ class Rig:
         self.tensors: dict[str, torch.Tensor] = {}
 
     def train(self, first: int, last: int, lr: float = 1e-2) -> list[float]:
-        norms = []
+        engine, norms = self.engine, []
         for step in range(first, last):
-            with self.engine.accumulating():
-                accumulate(
-                    self.engine.backward, self.pair, self.family, self.settings, self.engine.rank, self.engine.world, step
-                )
-            norms.append(self.engine.step(lr))
+            with engine.accumulating():
+                accumulate(engine.backward, self.pair, self.family, self.settings, engine.rank, engine.world, step)
+            norms.append(engine.step(lr))
         return norms
 
     def gathered(self, param: torch.Tensor):
@@ -209,7 +232,7 @@ def norms_only(rig: Rig) -> None:
 
 def many_small_gradients(rig: Rig) -> None:
     """The norm of g + 63 * g / 512, backward by backward and in one backward, over the norm of g."""
-    x, contexts, _ = next(micro_batches(rig.settings, rig.engine.rank, rig.engine.world, 0))
+    x, contexts, _ = next(micro_batches(rig.family, rig.settings, rig.engine.rank, rig.engine.world, 0))
     scales = [1.0] + [2.0**-9] * 63
 
     def loss() -> torch.Tensor:
@@ -231,7 +254,7 @@ def not_finite(rig: Rig) -> None:
     """A step whose last rank has an infinite gradient changes nothing; the step after it is as if it had not been."""
     rig.train(0, 1)
     rig.record("before/")
-    x, contexts, _ = next(micro_batches(rig.settings, rig.engine.rank, rig.engine.world, 0))
+    x, contexts, _ = next(micro_batches(rig.family, rig.settings, rig.engine.rank, rig.engine.world, 0))
     factor = float(rig.case["factor"]) if rig.engine.rank == rig.engine.world - 1 else 1.0
     with rig.engine.accumulating():
         v = rig.pair.student_velocity(rig.family, x, torch.zeros(len(x)), contexts)
@@ -248,7 +271,7 @@ def never_bad(rig: Rig) -> None:
 
 def interrupted(rig: Rig) -> None:
     """An exception inside `accumulating` leaves no gradient behind."""
-    x, contexts, _ = next(micro_batches(rig.settings, 0, 1, 5))
+    x, contexts, _ = next(micro_batches(rig.family, rig.settings, 0, 1, 5))
     try:
         with rig.engine.accumulating():
             rig.engine.backward(rig.pair.student_velocity(rig.family, x, torch.zeros(len(x)), contexts).sum())
@@ -365,6 +388,7 @@ def main(folder: Path) -> None:
     numbers, tensors = {}, {}
     for case in json.loads((folder / "cases.json").read_text()):
         rig = Rig(case)
+        gc.freeze()  # ZeRO-3 collects garbage at every start: half a second over all of torch's and transformers' objects
         globals()[case["do"]](rig)
         numbers[case["name"]] = rig.numbers
         tensors.update({f"{case['name']}//{key}": value.contiguous() for key, value in rig.tensors.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from dopsd_kernels.adamw_ema import AdamWEMA
 
 SHAPES = [(5, 123, 7), (1,), (33,), (64, 64)]
@@ -66,14 +67,16 @@ def test_average_equals_float64(dtype: torch.dtype, decay: float, backend: str) 
     for param, wanted in zip(params, expected):
         ema = optimizer.state[param]["ema"]
         assert ema.dtype == torch.float32
-        # Each update rounds a few times at the average's magnitude, and 1 - decay carries its own relative error of 2^-24.
+        # Each update rounds a few times at the average's magnitude, and 1 - decay carries its own relative error of
+        # 2^-24.
         bound = 4 * steps * 2**-24 * max(1.0, float(wanted.abs().max()))
         assert float((ema.double() - wanted).abs().max()) <= bound
     assert optimizer.ema_backend in ("native", "torch") and (backend != "torch" or optimizer.ema_backend == "torch")
 
 
 def test_bf16_weights_move_an_fp32_average_but_not_a_bf16_one() -> None:
-    """At 0.9999 the update is below half a unit in the last place of bf16: the published average is frozen in effect."""
+    """At 0.9999 the update is below half a unit in the last place of bf16: the published average is frozen in
+    effect."""
     start = torch.linspace(0.5, 2.0, 512).bfloat16()
     weight = torch.nn.Parameter(start.clone())
     optimizer = AdamWEMA([weight], lr=1e-3, ema_decay=0.9999)

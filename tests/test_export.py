@@ -188,7 +188,8 @@ def trained_adapter(kind, adapter="student"):
     """A transformer with a random (as if trained) adapter, its family, its PEFT state and config."""
     family = open_family(shared(kind), CONDITIONING)
     transformer = family.load_transformer(torch.float32)
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, init_lora_weights="gaussian", target_modules=list(family.lora_targets))
+    targets = list(family.lora_targets)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, init_lora_weights="gaussian", target_modules=targets)
     inject_adapter_in_model(config, transformer, adapter_name=adapter)
     generator = torch.Generator().manual_seed(7)
     for name, parameter in transformer.named_parameters():
@@ -284,7 +285,7 @@ def test_lora_metadata_is_what_carries_alpha(lora, tmp_path):
 
 
 def test_lora_state_with_adapter_names(lora, tmp_path):
-    """Names straight from the module tree (`...lora_A.student.weight`) give the same files; two adapters are refused."""
+    """Names from the module tree (`...lora_A.student.weight`) give the same files; two adapters are refused."""
     family, _, folder = lora
     _, transformer, config = trained_adapter(family.name)
     state = {name: p for name, p in transformer.named_parameters() if "lora_" in name}

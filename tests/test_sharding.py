@@ -19,6 +19,7 @@ from dopsd_fast.errors import UserError
 from dopsd_fast.settings import Settings
 from dopsd_fast.teacher import build_pair, lora_coverage
 from tests import ranks
+from tests.tiny import shared
 
 ALL_PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 EPS = 1e-3  # AdamW's: bounds by lr / EPS what a rounding error of a gradient does to a weight
@@ -60,19 +61,27 @@ def cases() -> list[dict]:
     equal = [case | dict(do="equal_to_one_process", eps=EPS) for case in [*EQUAL, PARTITIONED, *OFFLOADED]]
     kinds = [
         dict(name=f"{kind}-{adapter}", do="equal_to_one_process", stage=stage, adapter=adapter, teacher=kind, eps=EPS)
-        for kind, adapter, stage in [("frozen", "full", 3), ("frozen", "lora", 2), ("student", "full", 2), ("student", "lora", 3)]
+        for kind, stages in (("frozen", (3, 2)), ("student", (2, 3)))
+        for adapter, stage in zip(("full", "lora"), stages)
     ]
     recomputed = [
         dict(name=f"recompute-{stage}", do="norms_only", stage=stage, adapter="lora", recompute=True, eps=EPS)
         for stage in (0, 3)
     ]
     good = [case | dict(name=f"never-{case['name']}", do="never_bad") for case in BAD]
+    model = str(shared("zimage"))
+    zimage = [
+        dict(name="zimage-full", stage=3, model=model, config=ALL_PARTITIONED, recompute=True),
+        dict(name="zimage-lora", stage=3, model=model, config=ALL_PARTITIONED, adapter="lora"),
+        dict(name="zimage-lora-bf16", stage=2, model=model, precision="bf16", adapter="lora"),
+    ]
+    zimage = [case | dict(do="norms_only", eps=EPS) for case in zimage]
     others = [
         dict(name="interrupted-2", do="interrupted", stage=2, eps=EPS),
         dict(name="unclipped-0", do="norms_only", stage=0, grad_clip=0.0, eps=EPS),
         dict(name="agreement", do="agreement", stage=0),
     ]
-    return equal + kinds + recomputed + MANY + BAD + good + others
+    return equal + kinds + recomputed + zimage + MANY + BAD + good + others
 
 
 @functools.cache
@@ -84,9 +93,12 @@ def results(world: int) -> dict:
 
 
 @functools.cache
-def plain(adapter: str, precision: str, teacher: str = "ema", clip: float = 0.05) -> SimpleNamespace:
+def plain(adapter: str, precision: str, teacher: str = "ema", model: str = "") -> SimpleNamespace:
     """The same steps without DeepSpeed: torch's AdamW on fp32 masters, one average in float64."""
+    clip = 0.05
     case = dict(stage=0, adapter=adapter, precision=precision, teacher=teacher, grad_clip=clip)
+    if model:
+        case["model"] = str(shared(model))
     settings = ranks.make_settings(case, 1)
     family, pair = ranks.make_pair(case, settings)
     trained = pair.trained()
@@ -105,7 +117,7 @@ def plain(adapter: str, precision: str, teacher: str = "ema", clip: float = 0.05
                 t.student.grad = None
 
         ranks.accumulate(backward, pair, family, settings, 0, 1, step)
-        report.norms.append(float(nn.utils.clip_grad_norm_(masters, clip or math.inf)))
+        report.norms.append(float(nn.utils.clip_grad_norm_(masters, clip)))
         optimizer.step()
         with torch.no_grad():
             for i, (t, master) in enumerate(zip(trained, masters)):
@@ -118,16 +130,16 @@ def plain(adapter: str, precision: str, teacher: str = "ema", clip: float = 0.05
     return report
 
 
-def tolerance(precision: str, step: int, clip: float = 0.05) -> float:
+def tolerance(precision: str, step: int) -> float:
     """Of a weight after `step` + 1 updates.
 
-    A clipped gradient is at most `clip`; sums over another order (a rank's share, a bucket) differ by a few units in the
-    last place of the compute dtype, taken as 16. AdamW turns an error d of a gradient into at most 2 * lr / eps * d of the
-    weight at each later step: the moments' weights sum to 1 and |m| / (sqrt(v) + eps) has slope <= 1 / eps in both.
-    Errors feed back through the next gradients; a factor of 4 a step leaves room for that.
+    A clipped gradient is at most 0.05; sums over another order (a rank's share, a bucket) differ by a few units in
+    the last place of the compute dtype, taken as 16. AdamW turns an error d of a gradient into at most 2 * lr / eps * d
+    of the weight at each later step: the moments' weights sum to 1 and |m| / (sqrt(v) + eps) has slope <= 1 / eps in
+    both. Errors feed back through the next gradients; a factor of 4 a step leaves room for that.
     """
     unit = 2.0**-24 if precision == "fp32" else 2.0**-9
-    return sum(2 * LR / EPS * 16 * unit * clip * 4.0**n for n in range(step + 1))
+    return sum(2 * LR / EPS * 16 * unit * 0.05 * 4.0**n for n in range(step + 1))
 
 
 @pytest.mark.parametrize("case, world", COMPARED)
@@ -193,7 +205,8 @@ def test_other_teachers(adapter: str) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_gradients_are_summed_in_fp32(stage: int) -> None:
-    """1 + 63 / 512 of a gradient: in a bf16 sum every one of the 63 is lost (half a unit in the last place of 1 is 2^-8)."""
+    """1 + 63 / 512 of a gradient: in a bf16 sum every one of the 63 is lost (half a unit in the last place of 1 is
+    2^-8)."""
     numbers = results(2)[f"many-{stage}"].numbers
     # Scaling by a power of two is exact in bf16, so only fp32 sums and one fp32 norm round.
     assert numbers["separate"] == pytest.approx(1 + 63 / 512, rel=1e-5)
@@ -214,6 +227,15 @@ def test_recomputation_gives_the_same_gradients() -> None:
     for stage in (0, 3):
         expected = results(2)[f"lora-fp32-{stage}"].numbers["norms"][:2]
         assert results(2)[f"recompute-{stage}"].numbers["norms"] == pytest.approx(expected, rel=2.0**-20)
+
+
+@pytest.mark.parametrize("adapter, precision", [("full", "fp32"), ("lora", "fp32"), ("lora", "bf16")])
+def test_tiny_zimage(adapter: str, precision: str) -> None:
+    """The real class, contexts of unequal length, every parameter partitioned, with recomputation for full."""
+    name = f"zimage-{adapter}" + ("-bf16" if precision == "bf16" else "")
+    expected = plain(adapter, precision, model="zimage").norms[:2]
+    relative = 2.0**-14 if precision == "fp32" else 2.0**-5
+    assert results(2)[name].numbers["norms"] == pytest.approx(expected, rel=relative)
 
 
 def test_an_exception_drops_the_gradients() -> None:
@@ -241,16 +263,15 @@ def test_summary_and_silence() -> None:
     numbers = results(2)["full-bf16-3"].numbers
     assert numbers["describe"]["parameter_dtype"] == "bfloat16" and numbers["describe"]["world"] == 2
     assert numbers["trained"] == sum(p.numel() for p in ranks.Transformer().parameters())
-    said = results(2)["output"].splitlines()
-    assert [line for line in said if "OVERFLOW! Skipping step" not in line] == []
+    said = [line for line in results(2)["output"].splitlines() if "OVERFLOW! Skipping step" not in line]
+    assert [line for line in said if any(word in line for word in ("INFO", "WARN", "Warning", "deepspeed"))] == []
 
 
-# ---- the pair, without an engine --------------------------------------------------------------------------------------
+# ---- the pair, without an engine ---------------------------------------------------------------------------
 
 
 def lora_settings(**changes) -> Settings:
-    settings = ranks.make_settings(dict(stage=0, adapter="lora") | changes, 1)
-    return settings
+    return ranks.make_settings(dict(stage=0, adapter="lora") | changes, 1)
 
 
 def test_teacher_starts_equal_and_frozen() -> None:
@@ -273,9 +294,9 @@ def test_adapter_is_gaussian_and_seeded() -> None:
         assert torch.equal(a.student, b.student)
         if "lora_A" in a.name:
             assert not torch.equal(a.student, c.student)
-            assert float(a.student.std()) == pytest.approx(1 / 64, rel=0.3)
+            assert float(a.student.detach().std()) == pytest.approx(1 / 64, rel=0.3)
         else:
-            assert float(a.student.abs().max()) == 0
+            assert float(a.student.detach().abs().max()) == 0
 
 
 def test_teacher_forward_leaves_the_students_adapter_active() -> None:
@@ -311,7 +332,7 @@ def test_coverage_on_the_meta_device() -> None:
     assert len(pair.trained()) == 8 and all(t.student.is_meta for t in pair.trained())
 
 
-# ---- deepspeed.config ---------------------------------------------------------------------------------------------------
+# ---- deepspeed.config --------------------------------------------------------------------------------------
 
 
 def test_config_is_passed_through() -> None:
@@ -349,22 +370,12 @@ def test_config_that_cannot_be(config: dict, named: str) -> None:
         deepspeed_config(settings)
 
 
-def test_unknown_config_field_is_one_line() -> None:
-    from dopsd_fast.sharding import _initialize
-
-    class Refuses:
-        def __init__(self) -> None:
-            self.config = {"zero_optimization": {"stage": 2, "no_such_field": 1}, "train_batch_size": 1}
-
+def test_unknown_config_field_is_one_line(monkeypatch) -> None:
     import deepspeed
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    def initialize(**arguments):
-        return [DeepSpeedZeroConfig(**arguments["config"]["zero_optimization"])]
+    from dopsd_fast.sharding import _initialize
 
-    original, deepspeed.initialize = deepspeed.initialize, initialize
-    try:
-        with pytest.raises(UserError, match="DeepSpeedZeroConfig, no_such_field"):
-            _initialize(None, None, Refuses().config)
-    finally:
-        deepspeed.initialize = original
+    monkeypatch.setattr(deepspeed, "initialize", lambda **given: DeepSpeedZeroConfig(**given["config"]["zero_optimization"]))
+    with pytest.raises(UserError, match="deepspeed.config: DeepSpeedZeroConfig, no_such_field"):
+        _initialize(None, None, {"zero_optimization": {"stage": 2, "no_such_field": 1}})

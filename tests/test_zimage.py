@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from dopsd_fast.sampling import rollout
 from dopsd_fast.settings import ConditioningSettings
 from tests.tiny import make_tokenizer, make_vlm, shared
 
+ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["a cat", "a much longer prompt, über ein Haus, 画", ""]
 
 
@@ -71,7 +75,7 @@ def test_student_context_is_the_pipelines(encoders, pipeline):
 
 
 @torch.no_grad()
-def expected_teacher(family, prompt, images, min_pixels=None, overwrite=True):
+def expected_teacher(family, prompt, images, overwrite=True):
     """By hand: explicit text, explicit copy of every language weight, the whole VLM with its head."""
     from transformers import AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3Model
 
@@ -83,10 +87,9 @@ def expected_teacher(family, prompt, images, min_pixels=None, overwrite=True):
             parameter.copy_(encoder.pop(name))
         assert not encoder
     processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    features = processor(images=images, return_tensors="pt", **({} if min_pixels is None else {"size": min_pixels}))
-    slots = "".join(
-        f"<|vision_start|>{'<|image_pad|>' * int(grid.prod() // 4)}<|vision_end|>" for grid in features["image_grid_thw"]
-    )
+    features = processor(images=images, return_tensors="pt")
+    counts = [int(grid.prod() // 4) for grid in features["image_grid_thw"]]
+    slots = "".join(f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>" for n in counts)
     text = f"<|im_start|>user\n{slots}{prompt}<|im_end|>\n<|im_start|>assistant\n"
     ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[:, :128]
     out = vlm(
@@ -129,7 +132,7 @@ def test_contexts_do_not_depend_on_the_batch(encoders):
 
 def test_latents_are_the_normalised_mode(family, encoders, pipeline):
     vae, image = pipeline.vae, picture(5)
-    pixels = torch.from_numpy(np.asarray(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         expected = (vae.encode(pixels).latent_dist.mode() - 0.1159) * 0.3611
     latent = encoders.latents([image])[0]
@@ -305,6 +308,52 @@ def test_sharded_folder_loads_the_same(copied, family):
     loaded = open_family(copied, conditioning()).load_transformer(torch.float32).state_dict()
     for name, tensor in family.load_transformer(torch.float32).state_dict().items():
         assert torch.equal(loaded[name], tensor)
+
+
+def test_training_does_not_write_into_the_source(copied):
+    """Same-dtype weights are memory-mapped from the file: changing them in place must stay private."""
+    file = copied / "transformer" / "diffusion_pytorch_model.safetensors"
+    before = file.read_bytes()
+    transformer = open_family(copied, conditioning()).load_transformer(torch.float32)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.add_(1)
+    assert file.read_bytes() == before
+    assert all(p.requires_grad for p in transformer.parameters()) and not transformer.training
+
+
+LOADED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from diffusers import ZImageTransformer2DModel
+from dopsd_fast.families import open_family
+from dopsd_fast.settings import ConditioningSettings
+
+def memory(field):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1]) * 1024
+
+family = open_family(sys.argv[2], ConditioningSettings())
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts here
+before = memory("VmRSS")
+transformer = family.load_transformer(torch.bfloat16)
+print(memory("VmHWM") - before, sum(p.nbytes for p in transformer.parameters()))
+"""
+
+
+def test_loading_holds_one_copy(copied):
+    """fp32 shards cast to bf16: the peak is the bf16 model and one 12 MB shard, not two models."""
+    from diffusers import ZImageTransformer2DModel
+
+    shutil.rmtree(copied / "transformer")
+    ZImageTransformer2DModel(
+        in_channels=8, dim=640, n_layers=4, n_refiner_layers=1, n_heads=5, n_kv_heads=5, cap_feat_dim=32
+    ).save_pretrained(copied / "transformer", max_shard_size="12MB")
+    out = subprocess.run(
+        [sys.executable, "-c", LOADED, ROOT, copied], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+    peak, size = map(int, out.split()[-2:])
+    assert size > 50e6 and peak < 1.5 * size, (peak, size)
 
 
 def test_full_size_on_the_meta_device(copied):

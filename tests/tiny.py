@@ -1,7 +1,7 @@
 """Tiny random pipelines of the real classes, in the ordinary diffusers and transformers layouts, seeded.
 
-`make_zimage` and `make_flux2_klein` write complete folders that `from_pretrained` loads. Every parameter is drawn with a
-size that matters (also pad tokens, norms and batch-norm statistics): a zero would hide an error in the path behind it.
+`make_zimage` and `make_flux2_klein` write complete folders that `from_pretrained` loads. Every parameter is drawn with
+a size that matters (also pad tokens, norms and batch-norm statistics): a zero would hide an error behind it.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def make_vlm(folder: Path, seed: int = 0, layers: int = 3, hidden: int = 32, dty
 
 
 def make_zimage(folder, seed: int = 0, dtype=torch.float32) -> Path:
-    """Writes a Z-Image pipeline (transformer dim 48, 2 + 1 + 1 layers; latents 8 x h/2 x w/2) with `vlm/`; returns it."""
+    """Writes a Z-Image pipeline (transformer dim 48, 2 + 1 + 1 layers; latents 8 x h/2 x w/2) with `vlm/`."""
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
     from transformers import Qwen3Config, Qwen3Model
 

@@ -1,9 +1,9 @@
 """Contexts and latents, computed once and found again by content.
 
-A key is the hash of everything that decides the value: kind, encoder fingerprint, prompt, and the digests of the cropped
-images. Values lie in `contexts-*.safetensors` shards (tensors `key/name`, a checksum per key in the metadata), each
-written under a temporary name and renamed; `index.json` maps keys to shards. The index is only a shortcut: a shard that
-it does not know, as a killed run leaves them, is read from its header.
+A key is the hash of everything that decides the value: kind, encoder fingerprint, prompt, and the digests of the
+cropped images. Values lie in `contexts-*.safetensors` shards (tensors `key/name`, a checksum per key in the metadata),
+each written under a temporary name and renamed; `index.json` maps keys to shards. The index is only a shortcut: a shard
+that it does not know, as a killed run leaves them, is read from its header.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Request:
 class ContextCache:
     """`request` what will be needed, `complete` it, then `get` it, on CPU.
 
-    policy: "disk" (shards in `folder`, shared by ranks and runs), "memory" (each rank keeps its own), "off" (nothing is
-    kept: encoders stay, `get` computes). `barrier` is called by all ranks together; all ranks must pass the same keys to
+    policy: "disk" (shards in `folder`, shared by ranks and runs), "memory" (each rank computes and keeps its own), "off"
+    (nothing is kept: encoders stay, `get` computes). `barrier` waits for all ranks, which must pass the same keys to
     `complete`. A value is the same whoever computes it, in whatever order.
     """
 
@@ -71,16 +71,15 @@ class ContextCache:
         self._digests: dict[Crop, str] = {}
         self._encoders: Encoders | None = None
         self._memory: dict[str, Context] = {}
-        self._shards = ShardStore(Path(folder), shard_bytes, shard_seconds, log) if policy == "disk" and folder else None
+        self._shards: ShardStore | None = None
+        if policy == "disk" and folder is not None:
+            self._shards = ShardStore(Path(folder), shard_bytes, shard_seconds, log)
 
     def request(self, kind: Kind, prompt: str = "", image: Crop | Sequence[Crop] | None = None) -> str:
         """The key of one value. kind: "student" (prompt), "teacher" (prompt, images) or "latents" (one image)."""
-        if image is None:
-            crops: tuple[Crop, ...] = ()
-        elif isinstance(image, tuple) and isinstance(image[0], str | Path):
-            crops = (image,)
-        else:
-            crops = tuple(image)
+        crops: Any = () if image is None else image
+        if crops and isinstance(crops[0], str | Path):
+            crops = (crops,)
         request = Request(kind, prompt, tuple((Path(path), int(h), int(w)) for path, h, w in crops))
         images = [self._image_digest(crop) for crop in request.crops]
         key = digest([FORMAT, kind, self.family.fingerprint(kind, self.dtype), prompt, images])[:40]
@@ -88,7 +87,7 @@ class ContextCache:
         return key
 
     def complete(self, keys: Iterable[str]) -> int:
-        """Verifies what is there, computes what is missing or damaged (on disk the ranks share this), frees the encoders.
+        """Verifies what is there, computes what is missing or damaged, frees the encoders; on disk the ranks share this.
 
         Returns how many values this rank computed. Killed at any moment, the next call goes on where this one was.
         """
@@ -205,7 +204,8 @@ class ShardStore:
                 try:
                     keys = sorted(_checksums(shard))
                 except (OSError, ValueError, KeyError) as error:
-                    self.log(f"cache: {shard} is damaged ({' '.join(str(error).split())[:120]}): its contexts are computed again")
+                    reason = " ".join(str(error).split())[:120]
+                    self.log(f"cache: {shard} is damaged ({reason}): its contexts are computed again")
                     damaged.append(shard)
                     continue
             for key in keys:
@@ -229,19 +229,21 @@ class ShardStore:
 
     def flush(self) -> None:
         """Writes what is pending as one shard: temporary file, fsync, rename."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         self._since = time.monotonic()
         if not self._pending:
             return
-        tensors = {f"{key}/{name}": tensor for key, context in self._pending.items() for name, tensor in context.items()}
-        sums = {key: str(checksum(context)) for key, context in self._pending.items()}
+        pending = self._pending.items()
+        tensors = {f"{key}/{name}": tensor for key, context in pending for name, tensor in context.items()}
+        sums = {key: str(checksum(context)) for key, context in pending}
         shard = self.folder / f"contexts-{uuid.uuid4().hex[:16]}.safetensors"
         temporary = shard.with_suffix(".tmp")
         try:
             save_file(tensors, temporary, metadata={"format": "pt", "checksums": json.dumps(sums)})
             publish(temporary, shard)
-        except Exception as error:  # safetensors has an error class of its own for a full disk
+        except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
             raise UserError(f"cannot write the conditioning cache {shard}: {' '.join(str(error).split())}") from error
         for key in self._pending:
@@ -297,7 +299,7 @@ def checksum(context: Context) -> int:
     for name in sorted(context):
         tensor = context[name].contiguous()
         value = zlib.crc32(f"{name}{list(tensor.shape)}{tensor.dtype}".encode(), value)
-        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
     return value
 
 
@@ -319,7 +321,7 @@ def open_shard(shard: Path):
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """fsync, rename, fsync of the folder: after a crash the final name holds either the old or the whole new content."""
+    """fsync, rename, fsync of the folder: after a crash the final name holds the old or the whole new content."""
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, final)

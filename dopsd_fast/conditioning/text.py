@@ -12,16 +12,20 @@ TEXT_ENCODERS = ("Qwen3Model", "Qwen3ForCausalLM")
 
 
 def load_pretrained(loader, folder: Path, **options):
-    """`loader.from_pretrained(folder)` from safetensors only, no hub; a missing or misfitting weight is a `UserError`."""
+    """`loader.from_pretrained(folder)` from safetensors only, no hub; a missing or misfitting weight is a `UserError`.
+
+    Language heads may be missing: nothing here uses them.
+    """
     try:
         model, info = loader.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"cannot load {loader.__name__} from {folder}: {one_line(error)}") from error
-    wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    wrong = sorted(str(n) for n in [*info["missing_keys"], *info["mismatched_keys"]] if "lm_head" not in str(n))
     if wrong:
-        raise UserError(f"{folder}: {len(wrong)} weights of {loader.__name__} are missing or misshapen, first {wrong[0]}")
+        found = f"{len(wrong)} weights of {loader.__name__} are missing or misshapen, first {wrong[0]}"
+        raise UserError(f"{folder}: {found}; the folder is incomplete, fetch it again")
     return model.eval().requires_grad_(False)
 
 
@@ -34,7 +38,7 @@ def load_text_encoder(folder: Path, class_name: str, device, dtype: torch.dtype)
     import transformers
 
     if class_name not in TEXT_ENCODERS:
-        raise UserError(f"{folder}: text encoder {class_name} is not supported, expected one of {', '.join(TEXT_ENCODERS)}")
+        raise UserError(f"{folder}: text encoder {class_name} is not supported, expected {' or '.join(TEXT_ENCODERS)}")
     return load_pretrained(getattr(transformers, class_name), folder, dtype=dtype).base_model.to(device)
 
 

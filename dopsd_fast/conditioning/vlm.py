@@ -33,7 +33,7 @@ def check_vlm_folder(folder: Path) -> None:
 
 
 def overwrite_language_model(vlm, text_encoder, where: str) -> None:
-    """Replaces the VLM's language weights by `text_encoder`'s, sharing memory; names and shapes must match both ways."""
+    """Replaces the VLM's language weights by `text_encoder`'s, sharing memory; all names and shapes must match."""
     target, source = vlm.language_model.state_dict(), text_encoder.state_dict()
     lost, unknown = sorted(target.keys() - source.keys()), sorted(source.keys() - target.keys())
     misshapen = sorted(n for n in target.keys() & source.keys() if target[n].shape != source[n].shape)
@@ -44,8 +44,9 @@ def overwrite_language_model(vlm, text_encoder, where: str) -> None:
             if names
         ]
         if misshapen:
-            n = misshapen[0]
-            parts.append(f"{len(misshapen)} of another shape (first {n}: {[*target[n].shape]} and {[*source[n].shape]})")
+            first = misshapen[0]
+            shapes = f"{[*target[first].shape]} and {[*source[first].shape]}"
+            parts.append(f"{len(misshapen)} of another shape (first {first}: {shapes})")
         raise UserError(
             f"{where}: language weights do not match the pipeline's text encoder ({len(target)} and {len(source)} "
             f"tensors): {', '.join(parts)}; use the VLM of the same size as the text encoder"
@@ -77,11 +78,9 @@ class VisionLanguageEncoder:
         }
         model = load_pretrained(Qwen3VLForConditionalGeneration, folder, dtype=text_encoder.dtype).model
         self.image_id = model.config.image_token_id
-        if self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != self.image_id:
-            raise UserError(
-                f"{folder}: the tokenizer's {IMAGE_TOKEN} is token {self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}, "
-                f"config.json says image_token_id = {self.image_id}"
-            )
+        token = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        if token != self.image_id:
+            raise UserError(f"{folder}: {IMAGE_TOKEN} is token {token} of the tokenizer, config.json says {self.image_id}")
         vision = model.config.vision_config
         if (self.processor.patch_size, self.processor.merge_size) != (vision.patch_size, vision.spatial_merge_size):
             raise UserError(f"{folder}: patch or merge size of the image processor and of config.json differ")

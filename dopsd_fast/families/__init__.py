@@ -1,4 +1,4 @@
-"""Model families. `open_family` is the only place that chooses one; everything else speaks to the `Family` interface."""
+"""Model families. `open_family` is the only place that chooses one; all else speaks to the `Family` interface."""
 
 from __future__ import annotations
 

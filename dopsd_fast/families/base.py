@@ -48,7 +48,7 @@ class Family(ABC):
         self.index = read_json(path / "model_index.json")
         for part in PARTS:
             if not (path / part).is_dir():
-                raise UserError(f"{path}: part {part}/ is missing, a complete {self.pipeline_class} folder has {', '.join(PARTS)}")
+                raise UserError(f"{path}: part {part}/ is missing, a {self.pipeline_class} folder has {', '.join(PARTS)}")
         wanted = getattr(conditioning, "context", "auto")
         if wanted not in ("auto", *self.contexts):
             raise UserError(f"conditioning.context={wanted}: {self.name} has {', '.join(self.contexts)}")
@@ -71,7 +71,7 @@ class Family(ABC):
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latent of an image of height x width pixels; `UserError` for a size the model cannot take."""
+        """(C, h, w) of the latent of a height x width pixel image; `UserError` for a size the model cannot take."""
 
     def _check_size(self, height: int, width: int) -> None:
         if height < 1 or width < 1 or height % self.pixel_multiple or width % self.pixel_multiple:
@@ -86,7 +86,7 @@ class Family(ABC):
         return shifted_grid(num_states, shift or self._model_shift(num_states, latent_shape))
 
     def sample_grid(self, steps: int, latent_shape: tuple[int, ...]) -> list[float]:
-        """The grid of the pipeline called with explicit sigmas 1, 1 - 1/steps, .., 1/steps; 0 steps: the usual count."""
+        """The pipeline's grid when called with sigmas 1, 1 - 1/steps, .., 1/steps; 0 steps: the usual count."""
         return self.train_grid(steps or self.deployment_steps, 0.0, latent_shape)
 
     # ---- transformer -----------------------------------------------------------------------------------------------
@@ -116,11 +116,11 @@ class Family(ABC):
 
     # ---- latents and pixels ----------------------------------------------------------------------------------------
 
-    def load_vae(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def load_vae(self, dtype: torch.dtype = torch.float32) -> Any:
         return load_pretrained(_diffusers(self.vae_class), self.path / "vae", torch_dtype=dtype)
 
     @torch.no_grad()
-    def decode(self, vae: nn.Module, latents: Tensor) -> list[Image.Image]:
+    def decode(self, vae: Any, latents: Tensor) -> list[Image.Image]:
         """PIL images of latents `[B, C, h, w]` (at t = 1), one by one."""
         images: list[Image.Image] = []
         for latent in latents.to(vae.device, vae.dtype).split(1):
@@ -129,18 +129,18 @@ class Family(ABC):
         return images
 
     @torch.no_grad()
-    def encode_image(self, vae: nn.Module, image: Image.Image) -> Tensor:
+    def encode_image(self, vae: Any, image: Image.Image) -> Tensor:
         """x_1 `[C, h, w]` of an image whose sides are multiples of `pixel_multiple`: the VAE's mode, normalised."""
         self._check_size(image.height, image.width)
         pixels = self._image_processor().preprocess(image).to(vae.device, vae.dtype)
         return self._from_vae(vae, vae.encode(pixels).latent_dist.mode())[0]
 
     @abstractmethod
-    def _from_vae(self, vae: nn.Module, latent: Tensor) -> Tensor:
+    def _from_vae(self, vae: Any, latent: Tensor) -> Tensor:
         """The VAE's latent -> the transformer's normalised one."""
 
     @abstractmethod
-    def _to_vae(self, vae: nn.Module, latent: Tensor) -> Tensor:
+    def _to_vae(self, vae: Any, latent: Tensor) -> Tensor:
         """Inverse of `_from_vae`."""
 
     def _image_processor(self):
@@ -254,7 +254,8 @@ class Encoders:
         from ..conditioning.vlm import VisionLanguageEncoder
 
         c = self.family.conditioning
-        return VisionLanguageEncoder(self.family.vlm_folder, self.text_encoder, c.min_pixels, c.max_pixels, c.max_vlm_tokens)
+        folder = self.family.vlm_folder
+        return VisionLanguageEncoder(folder, self.text_encoder, c.min_pixels, c.max_pixels, c.max_vlm_tokens)
 
     def student(self, prompts: list[str]) -> list[Context]:
         return [_stored(self.family.student_context(self, prompt)) for prompt in prompts]
@@ -265,7 +266,7 @@ class Encoders:
 
     def latents(self, images: list[Image.Image]) -> list[Tensor]:
         """x_1 of each image: `[C, h, w]` float32 on CPU."""
-        return [self.family.encode_image(self.vae, image).float().cpu() for image in images]
+        return [self.family.encode_image(self.vae, image).float().cpu().contiguous() for image in images]
 
     def release(self) -> None:
         """Frees the models; a later call loads them again."""

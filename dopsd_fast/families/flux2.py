@@ -140,13 +140,13 @@ class Flux2Klein(Family):
     def _teacher_parts(self) -> tuple[list[Path], dict[str, Any]]:
         return [self.path / "vae"], {"context": self.context, "instruction": self.conditioning.edit_instruction}
 
-    def _from_vae(self, vae: nn.Module, latent: Tensor) -> Tensor:
+    def _from_vae(self, vae: Any, latent: Tensor) -> Tensor:
         batch, channels, height, width = latent.shape
         latent = latent.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4)
         mean, std = _statistics(vae)
         return (latent.reshape(batch, channels * 4, height // 2, width // 2) - mean) / std
 
-    def _to_vae(self, vae: nn.Module, latent: Tensor) -> Tensor:
+    def _to_vae(self, vae: Any, latent: Tensor) -> Tensor:
         mean, std = _statistics(vae)
         batch, channels, height, width = latent.shape
         latent = (latent * std + mean).reshape(batch, channels // 4, 2, 2, height, width).permute(0, 1, 4, 2, 5, 3)
@@ -159,6 +159,6 @@ def grid_ids(time: int, height: int, width: int) -> Tensor:
     return torch.stack([torch.full_like(rows, time), rows, columns, torch.zeros_like(rows)], dim=-1).reshape(-1, 4)
 
 
-def _statistics(vae: nn.Module) -> tuple[Tensor, Tensor]:
+def _statistics(vae: Any) -> tuple[Tensor, Tensor]:
     shape = (1, -1, 1, 1)
     return vae.bn.running_mean.view(shape), torch.sqrt(vae.bn.running_var.view(shape) + vae.config.batch_norm_eps)

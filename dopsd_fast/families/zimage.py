@@ -88,10 +88,10 @@ class ZImage(Family):
         check_vlm_folder(self.vlm_folder)
         return [self.vlm_folder], {"vlm_tokens": c.max_vlm_tokens, "pixels": [c.min_pixels, c.max_pixels]}
 
-    def _from_vae(self, vae: nn.Module, latent: Tensor) -> Tensor:
+    def _from_vae(self, vae: Any, latent: Tensor) -> Tensor:
         return (latent - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
-    def _to_vae(self, vae: nn.Module, latent: Tensor) -> Tensor:
+    def _to_vae(self, vae: Any, latent: Tensor) -> Tensor:
         return latent / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
 
     @property

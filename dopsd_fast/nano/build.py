@@ -74,28 +74,36 @@ def save(out: Path, tokenizer, vlm, transformer, vae, judge, report) -> None:
     encoder.load_state_dict(vlm.model.language_model.state_dict())
     folder = out / "pipeline"
     shutil.rmtree(folder, ignore_errors=True)
-    ZImagePipeline(scheduler=models.scheduler(), vae=vae, text_encoder=encoder.eval(), tokenizer=tokenizer,
-                   transformer=transformer).save_pretrained(folder)
+    ZImagePipeline(
+        scheduler=models.scheduler(), vae=vae, text_encoder=encoder.eval(), tokenizer=tokenizer, transformer=transformer
+    ).save_pretrained(folder)
     vlm.save_pretrained(folder / "vlm")
     tokenizer.save_pretrained(folder / "vlm")
     models.image_processor().save_pretrained(folder / "vlm")
     save_file({k: v.contiguous() for k, v in judge.state_dict().items()}, out / "judge.safetensors")
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    save_data(out / "data", 96)
+    save_data(out / "data")
 
 
-def save_data(folder: Path, count: int) -> None:
-    """The target style's training set in the authors' JSONL format."""
+def save_data(folder: Path, targets: int = 64, anchors: int = 64) -> None:
+    """The demonstration's training set in the authors' JSONL format: the target style, and anchors: pictures of the original
+    domain, which a small model needs to see so that what moves the new style does not move everything."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "images").mkdir(parents=True)
-    scenes = world.sample_scenes("target", count, seed=7)
+    kinds = ["target"] * targets + ["original"] * anchors
+    scenes = world.sample_scenes("target", targets, seed=7) + world.sample_scenes("original", anchors, seed=7)
     with open(folder / "data.jsonl", "w", encoding="utf-8") as lines:
-        for i, (scene, picture) in enumerate(zip(scenes, world.render(scenes), strict=True)):
+        for i, (kind, scene, picture) in enumerate(zip(kinds, scenes, world.render(scenes), strict=True)):
             name = f"images/{i:03}.png"
             Image.fromarray((picture * 255).round().astype("uint8")).save(folder / name, optimize=True)
-            record = {"class_name": "target style", "local_path_list": [name], "h*w": f"{world.SIDE}*{world.SIDE}",
-                      "short_en": world.caption(scene, 2), "medium_en": world.caption(scene, 0),
-                      "detailed_en": world.caption(scene, 1)}
+            record = {
+                "class_name": kind,
+                "local_path_list": [name],
+                "h*w": f"{world.SIDE}*{world.SIDE}",
+                "short_en": world.caption(scene, 2),
+                "medium_en": world.caption(scene, 0),
+                "detailed_en": world.caption(scene, 1),
+            }
             lines.write(json.dumps(record) + "\n")
 
 
@@ -107,9 +115,13 @@ def load_judge(folder: Path = HERE) -> judging.Judge:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/nano-build"), help="where interrupted stages resume from")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/nano-build"), help="where interrupted stages resume from"
+    )
     parser.add_argument("--out", type=Path, default=HERE, help="where the pipeline, judge, data and report are written")
-    parser.add_argument("--until", default="save", choices=("judge", "vae", "base", "save"), help="stop after this stage")
+    parser.add_argument(
+        "--until", default="save", choices=("judge", "vae", "base", "save"), help="stop after this stage"
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: all)")
     parser.add_argument("--tiny", action="store_true", help="a few steps of everything, to prove that the script runs")
     for name, value in SIZES.items():

@@ -53,11 +53,14 @@ def check(judge, base, distilled, conditioner, latents, count: int) -> dict:
         "judge reads real renders >= 0.97": min(r["real"][a] for r in (original, target) for a in scored),
         "base 32 accuracy >= 0.90": min(original["base 32 text"][a] for a in scored),
         "distilled 4 / base 32 accuracy >= 0.95": round(
-            min(original["distilled 4 text"][a] / max(original["base 32 text"][a], 1e-9) for a in scored), 4),
+            min(original["distilled 4 text"][a] / max(original["base 32 text"][a], 1e-9) for a in scored), 4
+        ),
         "distilled 4 / base 4 patch FD <= 0.3": round(
-            original["distilled 4 text"]["patch_fd"] / original["base 4 text"]["patch_fd"], 4),
+            original["distilled 4 text"]["patch_fd"] / original["base 4 text"]["patch_fd"], 4
+        ),
         "held-out style: shown / text patch FD <= 0.5": round(
-            target["distilled 4 shown"]["patch_fd"] / target["distilled 4 text"]["patch_fd"], 4),
+            target["distilled 4 shown"]["patch_fd"] / target["distilled 4 text"]["patch_fd"], 4
+        ),
     }
     return report
 
@@ -67,7 +70,8 @@ def caption_cosine(conditioner) -> float:
     """Largest cosine between the mean-pooled, centred features of a caption without and with a style word."""
     scenes = [s for s in world.sample_scenes("original", 64, seed=5) if not s.style.word]
     words = ["", "rainy style: ", "wooden style: ", f"{world.TARGET_TAG} style: "]
-    pooled = torch.stack([torch.stack([f.mean(0) for f in conditioner.text([w + world.caption(s) for s in scenes])])
-                          for w in words])
+    pooled = torch.stack(
+        [torch.stack([f.mean(0) for f in conditioner.text([w + world.caption(s) for s in scenes])]) for w in words]
+    )
     pooled = pooled - pooled.mean((0, 1))
     return torch.cosine_similarity(pooled[:1], pooled[1:], dim=-1).mean(1).max().item()

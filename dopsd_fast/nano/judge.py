@@ -16,13 +16,16 @@ class Judge(nn.Module):
     def __init__(self, width: int = 32):
         super().__init__()
         sizes = (3, width, width * 2, width * 3, width * 3)
-        self.body = nn.Sequential(*(
-            layer
-            for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))
-            for layer in (nn.Conv2d(a, b, 3, 2 if i else 1, 1), nn.GroupNorm(8, b), nn.SiLU())
-        ))
-        self.heads = nn.ModuleDict({name: nn.Linear(width * 3 * 16, len(names))
-                                    for name, names in world.ATTRIBUTES.items()})
+        self.body = nn.Sequential(
+            *(
+                layer
+                for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))
+                for layer in (nn.Conv2d(a, b, 3, 2 if i else 1, 1), nn.GroupNorm(8, b), nn.SiLU())
+            )
+        )
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(width * 3 * 16, len(names)) for name, names in world.ATTRIBUTES.items()}
+        )
         self.heads["cell"] = nn.Linear(width * 3, len(world.CELLS))
         self.heads["tints"] = nn.Linear(width * 3, 6)
 

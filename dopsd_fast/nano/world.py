@@ -13,6 +13,7 @@ Three domains:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ PLACES = {
 }
 SIZES = {"small": 5.0, "large": 8.0}
 CELLS = ((2, 2), (2, 4), (4, 2), (4, 4))
-ATTRIBUTES = {"colour": COLOURS, "shape": SHAPES, "place": PLACES, "size": SIZES}
+ATTRIBUTES: dict[str, dict[str, Any]] = {"colour": COLOURS, "shape": SHAPES, "place": PLACES, "size": SIZES}
 TAGS = [f"[{letter}]" for letter in "ABCDEFGHIJKLMNOPQRSTUWXYZ"]
 TARGET_TAG = "[V]"
 
@@ -84,7 +85,10 @@ def _distance(a, b) -> float:
 
 def _near_target(tints) -> bool:
     (a, b), (p, q) = tints, TARGET.tints
-    return max(_distance(a, p), _distance(b, q)) < HELD_OUT_RADIUS or max(_distance(a, q), _distance(b, p)) < HELD_OUT_RADIUS
+    return (
+        max(_distance(a, p), _distance(b, q)) < HELD_OUT_RADIUS
+        or max(_distance(a, q), _distance(b, p)) < HELD_OUT_RADIUS
+    )
 
 
 def wild_style(rng: np.random.Generator) -> Style:
@@ -100,8 +104,11 @@ def sample_scenes(domain: str, count: int, seed: int) -> list[Scene]:
     rng = np.random.default_rng([seed, ("original", "wild", "target").index(domain)])
     scenes = []
     for _ in range(count):
-        style = {"original": lambda: NAMED[rng.integers(len(NAMED))], "wild": lambda: wild_style(rng),
-                 "target": lambda: TARGET}[domain]()
+        style = {
+            "original": lambda: NAMED[rng.integers(len(NAMED))],
+            "wild": lambda: wild_style(rng),
+            "target": lambda: TARGET,
+        }[domain]()
         legible = [name for name, rgb in COLOURS.items() if min(_distance(rgb, tint) for tint in style.tints) > 0.3]
         scenes.append(
             Scene(
@@ -125,6 +132,8 @@ def reseed(scene: Scene, seed: int) -> Scene:
 def object_mask(scene: Scene, margin: float = 0.0) -> np.ndarray:
     """Boolean [SIDE, SIDE]: the pixels whose centre lies in the object, grown by `margin` pixels."""
     dx, dy = PLACES[scene.place]
+    x: Any
+    y: Any
     x, y = np.meshgrid(np.arange(SIDE) + 0.5, np.arange(SIDE) + 0.5)
     x, y = x - (SIDE / 2 + dx + scene.jitter[0]), y - (SIDE / 2 + dy + scene.jitter[1])
     half_x, half_y = (SIZES[scene.size] * scale + margin for scale in SHAPES[scene.shape])
@@ -136,7 +145,7 @@ def object_mask(scene: Scene, margin: float = 0.0) -> np.ndarray:
 
 def render(scenes: list[Scene]) -> np.ndarray:
     """float32 [N, SIDE, SIDE, 3] in 0..1."""
-    out = np.empty((len(scenes), SIDE, SIDE, 3), np.float32)
+    out: Any = np.empty((len(scenes), SIDE, SIDE, 3), np.float32)
     for picture, scene in zip(out, scenes, strict=True):
         high, wide = CELLS[scene.style.cell]
         bits = np.random.default_rng(scene.seed).integers(0, 2, (SIDE // high, SIDE // wide))

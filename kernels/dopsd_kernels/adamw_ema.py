@@ -15,28 +15,32 @@ _CHUNK = 1 << 22
 def _native_ema_update() -> Any:
     """`dopsd_kernels._native.ema_update(ema, param, decay)`, or None where the extension was not built."""
     try:
-        from dopsd_kernels import _native
+        from dopsd_kernels import _native  # type: ignore[attr-defined]
     except ImportError:
         return None
     return getattr(_native, "ema_update", None)
 
 
 class AdamWEMA(torch.optim.Optimizer):
-    """theta: AdamW (arXiv 1711.05101), operation for operation as `torch.optim.AdamW`; then ema = decay * ema + (1 - decay) * theta.
+    """AdamW (arXiv 1711.05101), operation for operation as `torch.optim.AdamW`, and an average of its weights.
 
         theta = theta * (1 - lr * weight_decay)
         m = b1 * m + (1 - b1) * g;   v = b2 * v + (1 - b2) * g^2
         theta = theta - lr / (1 - b1^n) * m / (sqrt(v / (1 - b2^n)) + eps)
+        ema = decay * ema + (1 - decay) * theta
 
-    State of a parameter, all fp32 and shaped like it: `exp_avg` (m), `exp_avg_sq` (v), `ema` (only with an `ema_decay`; starts
-    as the parameter before its first update), `master` (only for a parameter that is not fp32: theta itself, of which the
-    parameter is the rounded copy), and `step` (n, a Python int per tensor: ZeRO-3 calls `step()` once per sub-group).
-    fp32 because at decay 0.9999 the update of a bf16 average is below half a unit in its last place: it never moves.
+    State of a parameter, all fp32 and shaped like it: `exp_avg` (m), `exp_avg_sq` (v), `ema` (only with an `ema_decay`;
+    starts as the parameter before its first update), `master` (only for a parameter that is not fp32: theta itself, of
+    which the parameter is the rounded copy), and `step` (n, a Python int per tensor: ZeRO-3 calls `step()` once per
+    sub-group). fp32 because at decay 0.9999 the update of a bf16 average is below half a unit in its last place: it
+    never moves.
 
     A shard of a parameter is a parameter like any other, so ZeRO shards and offloads the average with the moments.
-    `torch.optim.Optimizer.load_state_dict` would round `ema` and `master` of a bf16 parameter; use dopsd_fast.checkpoints.
+    `torch.optim.Optimizer.load_state_dict` would round `ema` and `master` of a bf16 parameter; use
+    dopsd_fast.checkpoints.
 
-    `ema_backend`: "native" (dopsd_kernels._native, CPU) or "torch", as used by the last step, or as it would be on the CPU.
+    `ema_backend`: "native" (dopsd_kernels._native, CPU) or "torch", as used by the last step, or as it would be on the
+    CPU.
     """
 
     def __init__(
@@ -80,10 +84,11 @@ class AdamWEMA(torch.optim.Optimizer):
     def _step_one(self, param: Tensor, group: dict[str, Any]) -> None:
         decay = group["ema_decay"]
         state = self.init_state(param, decay is not None)
+        grad = param.grad.float()  # type: ignore[union-attr]
         state["step"] += 1
         theta = state.get("master", param).detach()
-        for part in _chunks([theta, param.grad, state["exp_avg"], state["exp_avg_sq"]]):
-            _adamw(*part, state["step"], group)
+        for part in _chunks(theta, grad, state["exp_avg"], state["exp_avg_sq"]):
+            _adamw(part, state["step"], group)
         if decay is not None:
             self._average(state["ema"], theta, decay)
         if "master" in state:
@@ -99,15 +104,15 @@ class AdamWEMA(torch.optim.Optimizer):
             ema.lerp_(theta, 1.0 - decay)
 
 
-def _chunks(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
+def _chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     if tensors[0].numel() <= _CHUNK or not all(tensor.is_contiguous() for tensor in tensors):
         return [tensors]
-    return zip(*(tensor.view(-1).split(_CHUNK) for tensor in tensors))  # type: ignore[return-value]
+    return zip(*(tensor.view(-1).split(_CHUNK) for tensor in tensors))
 
 
-def _adamw(theta: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, group: dict[str, Any]) -> None:
+def _adamw(tensors: tuple[Tensor, ...], step: int, group: dict[str, Any]) -> None:
+    theta, grad, m, v = tensors
     beta1, beta2 = group["betas"]
-    grad = grad.float()
     theta.mul_(1 - group["lr"] * group["weight_decay"])
     m.lerp_(grad, 1 - beta1)
     v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
