@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dopsd_fast.errors import UserError
 from dopsd_fast.export import DTYPES, Shard, export_full, export_lora, weight_files
@@ -15,6 +16,7 @@ from dopsd_fast.families import open_family
 from dopsd_fast.sampling import rollout
 
 if TYPE_CHECKING:
+    from dopsd_fast.showcase import Shown
     from dopsd_fast.trainer import Trainer
 
 LARGEST_DIFFERENCE = 2
@@ -49,8 +51,7 @@ def _export(trainer: Trainer, branch: str, out: Path) -> None:
             problem = str(error)
     for _ in tensors:  # the other ranks take part in every gather, and so does rank 0 after a failure
         pass
-    if trainer.engine.any(bool(problem)):
-        raise UserError(problem or f"rank 0 could not write {out}")
+    trainer.agree(problem)
 
 
 def _compare(trainer: Trainer, branch: str, out: Path) -> int:
@@ -58,34 +59,36 @@ def _compare(trainer: Trainer, branch: str, out: Path) -> int:
     shown = replace(trainer.showcase.row(trainer.data.records[0]), record=None)
     live = trainer.showcase.latent(branch, shown, 0)
     difference = 0
-    if trainer.rank == 0:
-        family = trainer.family
-        if trainer.pair.lora_config is None:
-            model = open_family(out, family.conditioning).load_transformer(trainer.dtype)
-        else:
-            model = family.load_transformer(trainer.dtype)
-            model.load_lora_adapter(out, weight_name="pytorch_lora_weights.safetensors", prefix="transformer")
-            model.to(trainer.dtype)
-        model.to(trainer.device)
-        noise = trainer.showcase.noise(shown, 0)
-        grid = family.sample_grid(trainer.settings.sample.steps, tuple(noise.shape[1:]))
-        again = rollout(family, model, noise, [trainer.context("student", shown.prompt)], grid)
-        del model
-        pair = [
-            np.asarray(picture, dtype=int)
-            for latent in (live, again)
-            for picture in family.decode(trainer.showcase.vae, latent)
-        ]
-        difference = int(np.abs(pair[0] - pair[1]).max())
-    difference = trainer.engine.gather_int(difference)[0]
-    if difference > (LARGEST_ROUNDED_DIFFERENCE if _is_rounded(trainer, out) else LARGEST_DIFFERENCE):
-        raise UserError(
-            f"{out} was read back and draws another picture (pixels differ by up to {difference} of 255): "
-            "the checkpoints are good, do not use this export"
-        )
+    with trainer.together():
+        if trainer.rank == 0:
+            pair = [_pixels(trainer, latent) for latent in (live, _read_back(trainer, shown, out))]
+            difference = int(np.abs(pair[0] - pair[1]).max())
+            if difference > (LARGEST_ROUNDED_DIFFERENCE if _is_rounded(trainer, out) else LARGEST_DIFFERENCE):
+                raise UserError(
+                    f"{out} was read back and draws another picture (pixels differ by up to {difference} of 255): "
+                    "the checkpoints are good, do not use this export"
+                )
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()
     return difference
+
+
+def _read_back(trainer: Trainer, shown: Shown, out: Path) -> Tensor:
+    family = trainer.family
+    if trainer.pair.lora_config is None:
+        model = open_family(out, family.conditioning).load_transformer(trainer.dtype)
+    else:
+        model = family.load_transformer(trainer.dtype)
+        model.load_lora_adapter(out, weight_name="pytorch_lora_weights.safetensors", prefix="transformer")
+        model.to(trainer.dtype)
+    model.to(trainer.device)
+    noise = trainer.showcase.noise(shown, 0)
+    grid = family.sample_grid(trainer.settings.sample.steps, tuple(noise.shape[1:]))
+    return rollout(family, model, noise, [trainer.context("student", shown.prompt)], grid)
+
+
+def _pixels(trainer: Trainer, latent: Tensor) -> np.ndarray:
+    return np.asarray(trainer.family.decode(trainer.showcase.vae, latent)[0], dtype=int)
 
 
 def _is_rounded(trainer: Trainer, out: Path) -> bool:

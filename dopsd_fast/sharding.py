@@ -117,7 +117,7 @@ class Engine:
         if self.stage in (1, 2) and params[0].dtype != torch.float32:
             _reduce_fp32(self._zero)
         self._fragments = list(self._find_fragments())
-        for flat in {id(f.flat): f.flat for f in self._fragments}.values():
+        for flat in self._flats():
             self.optimizer.init_state(flat, self.keeps_ema)
         self._teacher_flats = self._flatten_teacher() if self.stage in (1, 2) and self.keeps_ema else []
         self.kinds = ("master", "exp_avg", "exp_avg_sq") + (("ema",) if self.keeps_ema else ())
@@ -182,6 +182,12 @@ class Engine:
             trained.student.grad_accum = None
 
     # ---- where the optimizer's tensors are -----------------------------------------------------------------
+
+    def _flats(self) -> list[Tensor]:
+        """What the optimizer steps on this rank; a shard may be nothing but padding."""
+        if self._zero is None:
+            return [trained.student for trained in self._trained]
+        return self._zero.fp32_partitioned_groups_flat if self.stage == 3 else self._zero.single_partition_of_fp32_groups
 
     def _find_fragments(self) -> Iterator[Fragment]:
         for trained in self._trained:

@@ -24,6 +24,11 @@ class StopRequest:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._note)
 
+    def ignore(self) -> None:
+        """At the end, when all is said and written: the interpreter gives up its handlers before the process ends."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+
     def _note(self, number: int, frame: object) -> None:
         if self.reason is None:
             self.reason, self.code = signal.Signals(number).name, 128 + number

@@ -50,15 +50,15 @@ class Pair(nn.Module):
         self._adapted = _adapter_layers(student) if lora_config is not None else []
         self.has_teacher_adapter = any(TEACHER in layer.lora_A for layer in self._adapted)
 
-    def forward(self, x: Tensor, t: Tensor, *, family: Family, contexts: list[Context]) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, *, family: Family, contexts: Sequence[Context]) -> Tensor:
         return family.velocity(self.student, x, t, contexts)
 
-    def student_velocity(self, family: Family, x: Tensor, t: Tensor, contexts: list[Context]) -> Tensor:
+    def student_velocity(self, family: Family, x: Tensor, t: Tensor, contexts: Sequence[Context]) -> Tensor:
         """v_s `[B, C, h, w]` at x `[B, C, h, w]`, t `[B]`, with gradient."""
         return self(x, t, family=family, contexts=contexts)
 
     @torch.no_grad()
-    def teacher_velocity(self, family: Family, x: Tensor, t: Tensor, contexts: list[Context]) -> Tensor:
+    def teacher_velocity(self, family: Family, x: Tensor, t: Tensor, contexts: Sequence[Context]) -> Tensor:
         """v_t, shaped as x, without gradient. Not through `forward`: ZeRO-3 records one trace from each call of this
         module to the next, and student, teacher, backward is the sequence that repeats."""
         with self.branch(TEACHER) as transformer:

@@ -71,7 +71,8 @@ class Phases:
     """Seconds spent per named phase since the last `take`. On an accelerator a phase ends when its kernels have."""
 
     def __init__(self, device: torch.device):
-        self.device, self.seconds = device, {}
+        self.device = device
+        self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:

@@ -38,6 +38,8 @@ def main(argv: list[str]) -> int:
         if rank == 0:
             complain("interrupted before the first step; nothing is lost, and resume=auto goes on from here")
         return 130
+    finally:
+        stop.ignore()
 
 
 def complain(text: str) -> None:

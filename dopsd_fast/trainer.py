@@ -36,8 +36,8 @@ from dopsd_fast.trajectory import draw_times, grid_shift
 
 T = TypeVar("T")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "recvValueWithTimeout", "NCCL error")
-"""What gloo, NCCL and the store say when another process has gone."""
+LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+"""What gloo says in a plain RuntimeError when another process has gone."""
 
 
 def train(settings: Settings, stop: StopRequest) -> int:
@@ -51,14 +51,15 @@ def train(settings: Settings, stop: StopRequest) -> int:
         quiet_libraries()
         return Trainer(settings, stop).run()
     except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        raise UserError(f"cannot read or write{where}: {error.strerror or error}; the last checkpoint is intact, "
+        where = error.filename or f"in {settings.output.dir or 'the run folder'}"
+        raise UserError(f"cannot read or write {where}: {error.strerror or error}; the last checkpoint is intact, "
                         "resume=auto continues from it") from error
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in LOST_CONTACT):
+        if not isinstance(error, torch.distributed.DistError) and not any(sign in str(error) for sign in LOST_CONTACT):
             raise
-        raise UserError("lost contact with another rank, which has ended or was killed: see its message; "
-                        "resume=auto continues from the last checkpoint") from error
+        said = " ".join(str(error).split())[:120]
+        raise UserError(f"no contact with another rank, which has ended, was killed or cannot be reached ({said}...): "
+                        "see its message; resume=auto continues from the last checkpoint") from error
 
 
 class Trainer:
@@ -74,7 +75,7 @@ class Trainer:
 
         self.global_batch = settings.train.batch_size * settings.train.accumulation * self.world
         self.objective = make_objective(settings)
-        with self._together():
+        with self.together():
             self.family = open_family(settings.model.folder, self._conditioning(), settings.model.family)
             self.data = read_records(settings.data, self.family.pixel_multiple)
             self.batches_per_epoch = len(self._plan(0))
@@ -84,15 +85,15 @@ class Trainer:
         self.first = int(checkpoints.read_extra(found)["step"]) if found is not None else 0
         if self.first > settings.train.steps:
             raise AgreedError(f"{self.folder} has done {self.first} steps, more than train.steps={settings.train.steps}")
-        with self._together():
+        with self.together():
             self.cache, self.keys = self._fill_cache()
-        with self._together():
+        with self.together():
             self.pair = build_pair(self.family, settings, self.dtype).to(self.device)
-            self.parameters = sum(p.numel() for p in self.pair.student.parameters())
+            self.parameters = sum(p.numel() for name, p in self.pair.student.named_parameters() if ".lora_" not in name)
         self.engine = Engine(self.pair, settings)
         if found is not None:
             checkpoints.load(found, self.engine)
-        with self._together():
+        with self.together():
             self.showcase = Showcase(self)
         self.phases = Phases(self.device)
         self.log: MetricsLog | None = None
@@ -126,16 +127,16 @@ class Trainer:
     def _rank0(self, call: Callable[[], T]) -> T:
         """The result of `call` on rank 0, on every rank; its UserError too."""
         box: list[Any] = [None]
-        with self._together():
+        with self.together():
             if self.rank == 0:
                 box[0] = call()
         torch.distributed.broadcast_object_list(box)
         return box[0]
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
-        """A UserError in the block on one rank is one on all, with the same text. The block holds no other collective call
-        than `_agree`."""
+    def together(self) -> Iterator[None]:
+        """A UserError in the block on one rank is one on all, with the same text. Collective calls in the block must not be
+        missed by a rank that fails, but for `agree`."""
         problem = ""
         try:
             yield
@@ -143,13 +144,18 @@ class Trainer:
             raise
         except UserError as error:
             problem = str(error)
-        self._agree(problem)
+        self.agree(problem)
 
-    def _agree(self, problem: str = "") -> None:
-        problems: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(problems, problem)
-        if any(problems):
-            raise AgreedError(next(text for text in problems if text))
+    def agree(self, problem: str = "") -> None:
+        """Raises on every rank when one has a problem. Every rank calls it."""
+        if found := self._shared(problem):
+            raise AgreedError(found)
+
+    def _shared(self, text: str) -> str:
+        """The same text on every rank: of those that are not empty, the first that does not point to another rank."""
+        texts: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(texts, text)
+        return min(filter(None, texts), key=lambda one: "another rank" in one, default="")
 
     def _plan(self, epoch: int) -> list[list[Item]]:
         s = self.settings
@@ -160,7 +166,7 @@ class Trainer:
         c = self.settings.conditioning
         folder = Path(c.folder).expanduser() if c.folder else self.folder.parent / "context_cache"
         cache = ContextCache(c.cache, folder, self.family, self.rank, self.world, self.say,
-                             barrier=self._agree, device=self.device, dtype=self.dtype)
+                             barrier=self.agree, device=self.device, dtype=self.dtype)
         keys: dict[tuple, str] = {}
         for record in self.data.records:
             target = (record.images[0], record.height, record.width)
@@ -218,8 +224,8 @@ class Trainer:
         self.save(done)
         if done < s.train.steps:
             codes = [code for code in self.engine.gather_int(self.stop.code) if code]
-            self.say(f"stopped by {self.stop.reason or 'another rank'} after step {done}; state saved. "
-                     f"Continue with resume=auto output.dir={self.folder}")
+            self.say("\n".join([f"stopped by {self.stop.reason or 'another rank'} after step {done}; state saved. "
+                                f"Continue with resume=auto output.dir={self.folder}", *self.left_out()]))
             return codes[0]
         with self.phases("sample"):
             self.showcase.draw(done)
@@ -244,7 +250,7 @@ class Trainer:
                     except NonFiniteLoss as error:
                         failed = failed or error
         if self.engine.any(failed is not None):
-            self.give_up(done, batch, str(failed) if failed else "another rank's loss is not finite")
+            self.give_up(done, batch, self._shared(str(failed or "")))
         rate = self.learning_rate(done)
         with self.phases("optimizer"):
             norm = self.engine.step(rate)
@@ -303,14 +309,14 @@ class Trainer:
         if self.log is not None:
             self.log.sync()
         extra = {"step": done, "global_batch": self.global_batch}
-        with self.phases("checkpoint"):
+        with self.phases("checkpoint"), self.together():
             checkpoints.save(self.folder / "checkpoints", self.engine, extra, done, self.settings.checkpoint.keep)
 
     def give_up(self, done: int, batch: list[Item], what: str) -> None:
         """Saves the last good state and says which batch broke it."""
         self.save(done)
         named = ", ".join(dict.fromkeys(self.data.records[item.record].source for item in batch))
-        raise UserError(f"step {done + 1}: {what}; the state of step {done} is saved in {self.folder / 'checkpoints'}; "
+        raise AgreedError(f"step {done + 1}: {what}; the state of step {done} is saved in {self.folder / 'checkpoints'}; "
                         f"batch: {named}; try a lower train.learning_rate or leave these records out")
 
     # ---- what it says ------------------------------------------------------------------------------------------------------
@@ -353,19 +359,23 @@ class Trainer:
         d, s = self.describe(), self.settings
         if self.rank == 0:
             (self.folder / "environment.json").write_text(json.dumps(d, indent=1, default=str) + "\n")
-        per_state = f"{s.method.states}, {s.method.backward}, weight {s.method.weight}"
+        trains = f"{s.adapter.kind}, {d['trainable'] / 1e6:.2f} M parameters"
+        if s.adapter.kind == "lora":
+            trains += f", rank {s.adapter.rank}, alpha {s.adapter.alpha:g}"
+        method = s.method.name
+        if self.objective.needs_teacher:
+            teacher = f"{s.teacher.kind} {s.teacher.ema_decay}" if s.teacher.kind == "ema" else s.teacher.kind
+            method += f", teacher {teacher}, {s.method.states}, {s.method.backward}, weight {s.method.weight}"
         lines = [
             ("run", f"{self.folder}" + (f", continues after step {self.first}" if self.first else "")),
             ("model", f"{d['model']} ({d['family']}, {d['parameters'] / 1e6:.1f} M parameters)"),
-            ("trains", f"{s.adapter.kind}, {d['trainable'] / 1e6:.2f} M parameters"
-                       + (f", rank {s.adapter.rank}, alpha {s.adapter.alpha:g}" if s.adapter.kind == "lora" else "")),
+            ("trains", trains),
             ("data", f"{d['records']} records in {len(d['buckets'])} bucket(s), {d['skipped']} skipped; "
                      f"batch {d['global_batch']} = {s.train.batch_size} x {s.train.accumulation} x {self.world} rank(s)"),
-            ("method", f"{s.method.name}, teacher {s.teacher.kind}" + (f" {s.teacher.ema_decay}" if s.teacher.kind == "ema" else "")
-                       + f", {per_state}" if self.objective.needs_teacher else s.method.name),
+            ("method", method),
             ("grid", "t = " + ", ".join(f"{t:g}" for t in d["grid"])
                      + f"; {d['forwards_per_sample']} forwards a sample; pictures by {d['sample_forwards']} steps"),
-            ("steps", f"{s.train.steps} at learning rate {s.train.learning_rate:g} ({s.train.schedule}, warm-up {s.train.warmup})"),
+            ("steps", f"{s.train.steps}, rate {s.train.learning_rate:g} ({s.train.schedule}, warm-up {s.train.warmup})"),
             ("runs on", f"{d['device']} ({d['backend']}), ZeRO {d['zero_stage']}, {d['precision']}, {d['threads']} threads, "
                         f"torch {d['torch']}, EMA {d['ema_backend']}"),
         ]
@@ -375,7 +385,9 @@ class Trainer:
         lines = [f"finished {self.settings.train.steps} steps in {self.folder}",
                  f"  samples/       {self.showcase.last.name if self.showcase.last else 'none'}",
                  "  metrics.jsonl, tensorboard/, checkpoints/", *(f"  {line}" for line in exported)]
-        if self.data.skipped:
-            lines.append(f"{len(self.data.skipped)} bad record(s) were left out:")
-            lines += [f"  {source}: {reason}" for source, reason in self.data.skipped]
-        return "\n".join(lines)
+        return "\n".join(lines + self.left_out())
+
+    def left_out(self) -> list[str]:
+        skipped = self.data.skipped
+        title = [f"{len(skipped)} bad record(s) were left out:"] if skipped else []
+        return title + [f"  {source}: {reason}" for source, reason in skipped]

@@ -39,8 +39,9 @@ SAME_NUMBERS = ("step", "epoch", "loss", "state_losses", "grad_norm", "gap", "le
 
 def words(**settings: Any) -> list[str]:
     """`train__steps=3` -> `train.steps=3`, over TINY, on the tiny Z-Image pipeline."""
-    given = {name.replace("__", "."): value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
-    merged = TINY | {"model.path": str(tiny.shared("zimage"))} | given
+    merged = TINY | {"model.path": str(tiny.shared("zimage"))}
+    for name, value in settings.items():
+        merged[name.replace("__", ".")] = value if isinstance(value, str) else json.dumps(value)
     if merged.get("adapter.kind") != "lora":
         merged = {name: value for name, value in merged.items() if not name.startswith("adapter.") or name == "adapter.kind"}
     return [f"{name}={value}" for name, value in merged.items()]
@@ -123,8 +124,8 @@ def command(argv: list[str], cwd: Path | None = None, **options: Any) -> Job:
     """Runs a command of its own, in a session of its own."""
     folder = Path(tempfile.mkdtemp(dir=_scratch()))
     with open(folder / "0.out", "w") as out, open(folder / "0.err", "w") as err:
-        process = subprocess.Popen(argv, cwd=cwd or folder, env=_environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                                   start_new_session=True, **options)  # fmt: skip
+        streams = dict(stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+        process = subprocess.Popen(argv, cwd=cwd or folder, env=_environment(), start_new_session=True, **streams, **options)
     return Job([process.pid], folder, [process], [None])
 
 

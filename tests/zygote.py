@@ -18,11 +18,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "dopsd_fast" / "train.py"
-PRELOAD = ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "peft", "torch.utils.tensorboard", "diffusers.loaders.peft", "diffusers.image_processor",
-           "diffusers.models.transformers.transformer_z_image", "diffusers.models.transformers.transformer_flux2",
-           "diffusers.pipelines.z_image.pipeline_z_image", "diffusers.pipelines.flux2.pipeline_flux2_klein",
-           "transformers.models.qwen3.modeling_qwen3", "transformers.models.qwen3_vl.modeling_qwen3_vl",
-           "transformers.models.auto.image_processing_auto", "transformers.models.auto.tokenization_auto")  # fmt: skip
+PRELOAD = """
+    deepspeed deepspeed.runtime.zero.muon.muon_optimizer peft torch.utils.tensorboard
+    diffusers.loaders.peft diffusers.image_processor
+    diffusers.models.transformers.transformer_z_image diffusers.models.transformers.transformer_flux2
+    diffusers.pipelines.z_image.pipeline_z_image diffusers.pipelines.flux2.pipeline_flux2_klein
+    transformers.models.qwen3.modeling_qwen3 transformers.models.qwen3_vl.modeling_qwen3_vl
+    transformers.models.auto.image_processing_auto transformers.models.auto.tokenization_auto
+""".split()
 
 
 def serve() -> None:

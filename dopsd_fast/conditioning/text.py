@@ -16,11 +16,13 @@ def load_pretrained(loader, folder: Path, **options):
 
     Language heads may be missing: nothing here uses them.
     """
+    from safetensors import SafetensorError
+
     try:
         model, info = loader.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"cannot load {loader.__name__} from {folder}: {one_line(error)}") from error
     wrong = sorted(str(n) for n in [*info["missing_keys"], *info["mismatched_keys"]] if "lm_head" not in str(n))
     if wrong:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -108,7 +109,7 @@ class Family(ABC):
             return _diffusers(self.transformer_class).from_config(self.transformer_config).eval()
 
     @abstractmethod
-    def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, contexts: list[Context]) -> Tensor:
+    def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, contexts: Sequence[Context]) -> Tensor:
         """v `[B, C, h, w]` at states `x` `[B, C, h, w]`, times `t` `[B]` in [0, 1]; one context per item.
 
         Computed in the transformer's dtype, returned in x's. Items may have contexts of unequal length.
@@ -221,6 +222,7 @@ class Family(ABC):
         _diffusers(self.pipeline_class).save_lora_weights(
             folder, transformer_lora_layers=plain, transformer_lora_adapter_metadata=config.to_dict()
         )
+        _sort_metadata(folder / "pytorch_lora_weights.safetensors")
 
 
 class Encoders:
@@ -279,6 +281,20 @@ class Encoders:
 
 def _stored(context: Context) -> Context:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in context.items()}
+
+
+def _sort_metadata(file: Path) -> None:
+    """Orders the metadata of a safetensors file, which its writer stores in the order of a hash table: equal weights are
+    equal files. Layout: https://github.com/huggingface/safetensors#format"""
+    with file.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > length:
+            raise ValueError(f"{file}: the header grew from {length} to {len(text)} bytes")
+        stream.seek(8)
+        stream.write(text.ljust(length))
 
 
 def plain_lora_name(name: str) -> str:

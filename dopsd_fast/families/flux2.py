@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Flux2Klein(Family):
         mu = compute_empirical_mu(latent_shape[-2] * latent_shape[-1], steps)
         return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
 
-    def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, contexts: list[Context]) -> Tensor:
+    def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, contexts: Sequence[Context]) -> Tensor:
         """v = -transformer([noise tokens, reference tokens], 1 - t, text) at the noise tokens.
 
         diffusers reads one table of position ids per call, so items with other text lengths or reference ids run in
@@ -82,7 +83,7 @@ class Flux2Klein(Family):
             parts.update(zip(members, v, strict=True))
         return torch.stack([parts[i] for i in range(len(contexts))])
 
-    def _group_velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, contexts: list[Context]) -> Tensor:
+    def _group_velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, contexts: Sequence[Context]) -> Tensor:
         batch, channels, height, width = x.shape
         dtype = model_dtype(transformer)
         text = torch.stack([c["text"] for c in contexts]).to(x.device, dtype)

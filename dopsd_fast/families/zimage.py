@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class ZImage(Family):
         mu = calculate_shift(tokens, *(config.get(n, d) for n, d in zip(names, (256, 4096, 0.5, 1.15), strict=True)))
         return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
 
-    def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, contexts: list[Context]) -> Tensor:
+    def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, contexts: Sequence[Context]) -> Tensor:
         """v = transformer(x, t, text). Raises `UserError` for a context longer than the rotary tables."""
         dtype = model_dtype(transformer)
         for context in contexts:

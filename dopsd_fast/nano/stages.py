@@ -237,7 +237,7 @@ def object_weights(scenes: list[world.Scene], weight: float = 4.0) -> Tensor:
 
 
 def base_loss(transformer, conditioner: Conditioner, latents: Latents, batch: int) -> Callable[[int], Tensor]:
-    """Flow matching: mean w (v(x_t, t, c) - (image - noise))^2, sigma = 2u / (1 + u) with u uniform. w is 4 on the object
+    """Flow matching: mean w (v(x_t, t, c) - (image - noise))^2, sigma = 1.5u / (1 + 0.5u) with u uniform. w is 4 on the object
     and 3 pixels around it and 1 elsewhere: the ground's fine detail is most of the loss and says nothing of shapes."""
 
     def loss(step: int) -> Tensor:
@@ -245,7 +245,7 @@ def base_loss(transformer, conditioner: Conditioner, latents: Latents, batch: in
         with torch.autocast("cpu", torch.bfloat16):
             image = latents.encode(to_pictures(world.render(scenes)))
             noise, u = torch.randn_like(image), torch.rand(len(scenes))
-            t = 1 - 2 * u / (1 + u)
+            t = 1 - 1.5 * u / (1 + 0.5 * u)
             x = torch.lerp(noise, image, t.view(-1, 1, 1, 1))
             v = velocity(transformer, x, t, contexts(conditioner, scenes, step, shown))
         return (object_weights(scenes) * (v - (image - noise)).square()).mean()
