@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -75,6 +75,7 @@ def _compare(trainer: Trainer, branch: str, out: Path) -> int:
 
 def _read_back(trainer: Trainer, shown: Shown, out: Path) -> Tensor:
     family = trainer.family
+    model: Any
     if trainer.pair.lora_config is None:
         model = open_family(out, family.conditioning).load_transformer(trainer.dtype)
     else:

@@ -172,7 +172,7 @@ def _check_same(settings: Settings, run: Path, checkpoint: Path | None, global_b
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out = {}
+    out: dict[str, Any] = {}
     for name, value in tree.items():
         out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return out

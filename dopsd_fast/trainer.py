@@ -362,7 +362,7 @@ class Trainer:
         trains = f"{s.adapter.kind}, {d['trainable'] / 1e6:.2f} M parameters"
         if s.adapter.kind == "lora":
             trains += f", rank {s.adapter.rank}, alpha {s.adapter.alpha:g}"
-        method = s.method.name
+        method: str = s.method.name
         if self.objective.needs_teacher:
             teacher = f"{s.teacher.kind} {s.teacher.ema_decay}" if s.teacher.kind == "ema" else s.teacher.kind
             method += f", teacher {teacher}, {s.method.states}, {s.method.backward}, weight {s.method.weight}"

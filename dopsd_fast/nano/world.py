@@ -154,6 +154,18 @@ def render(scenes: list[Scene]) -> np.ndarray:
     return out
 
 
+def snap(picture: np.ndarray, scene: Scene) -> np.ndarray:
+    """The nearest picture that the scene's style allows: outside the object (and 1 pixel around it) every cell takes the
+    tint that its mean is nearer to. picture float32 [SIDE, SIDE, 3] in 0..1; returns the same."""
+    high, wide = CELLS[scene.style.cell]
+    dark, light = np.asarray(scene.style.tints, np.float32)
+    axis = light - dark
+    share = (picture - dark) @ axis / (axis @ axis)
+    cells = share.reshape(SIDE // high, high, SIDE // wide, wide).mean((1, 3)) > 0.5
+    ground = np.where(cells.repeat(high, 0).repeat(wide, 1)[..., None], light, dark)
+    return np.where(object_mask(scene, margin=1.0)[..., None], picture, ground)
+
+
 def caption(scene: Scene, template: int = 0) -> str:
     """Template 0 names the style first, 1 last, 2 is short; a scene of the plain style has no style word."""
     thing, word = f"{scene.size} {scene.colour} {scene.shape}", scene.style.word
