@@ -11,7 +11,9 @@ from .families import Context, Family
 
 
 @torch.no_grad()
-def rollout(family: Family, transformer: nn.Module, noise: Tensor, contexts: Sequence[Context], grid: Sequence[float]) -> Tensor:
+def rollout(
+    family: Family, transformer: nn.Module, noise: Tensor, contexts: Sequence[Context], grid: Sequence[float]
+) -> Tensor:
     """x_{k+1} = x_k + (t_{k+1} - t_k) * v(x_k, t_k, c) from x_0 = noise; returns x at grid[-1], float32 `[B, C, h, w]`.
 
     One forward per interval of `grid` (ascending times, noise first). The state is float32 whatever the model's dtype.

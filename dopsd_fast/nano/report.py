@@ -93,8 +93,8 @@ def table(report: dict) -> str:
         f"{row:18}" + "".join(f"{values[name]:10.3f}" for name in names) for row, values in report["rows"].items()
     ]
     lines += [
-        f"style distance to the exact render (palette), after / before: {report['style_distance_ratio']:.2f} (promised: <= 0.70)",
-        f"original domain, patch Frechet distance, after / before:      {report['original_fd_ratio']:.2f} (promised: <= 1.25)",
+        f"style distance to the exact render (palette), after / before: {report['style_distance_ratio']:.2f} (goal: <= 0.70)",
+        f"original domain, patch Frechet distance, after / before:      {report['original_fd_ratio']:.2f} (goal: <= 1.25)",
     ]
     return "\n".join(lines)
 
