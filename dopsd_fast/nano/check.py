@@ -48,7 +48,7 @@ def check(judge, base, distilled, conditioner, latents, count: int) -> dict:
         report["rows"][domain] = rows
     original, target = report["rows"]["original"], report["rows"]["target"]
     scored = list(world.ATTRIBUTES)
-    report["caption_cosine"] = round(caption_cosine(conditioner), 4)
+    report["caption_features"] = caption_features(conditioner)
     report["required"] = {
         "judge reads real renders >= 0.97": min(r["real"][a] for r in (original, target) for a in scored),
         "base 32 accuracy >= 0.90": min(original["base 32 text"][a] for a in scored),
@@ -61,17 +61,22 @@ def check(judge, base, distilled, conditioner, latents, count: int) -> dict:
         "held-out style: shown / text patch FD <= 0.5": round(
             target["distilled 4 shown"]["patch_fd"] / target["distilled 4 text"]["patch_fd"], 4
         ),
+        "style word moves a caption, in distances between captions >= 0.5": report["caption_features"]["distance"],
     }
     return report
 
 
 @torch.no_grad()
-def caption_cosine(conditioner) -> float:
-    """Largest cosine between the mean-pooled, centred features of a caption without and with a style word."""
-    scenes = [s for s in world.sample_scenes("original", 64, seed=5) if not s.style.word]
-    words = ["", "rainy style: ", "wooden style: ", f"{world.TARGET_TAG} style: "]
-    pooled = torch.stack(
-        [torch.stack([f.mean(0) for f in conditioner.text([w + world.caption(s) for s in scenes])]) for w in words]
+def caption_features(conditioner) -> dict[str, float]:
+    """How a caption's features change when the target's style word is put before it, over 64 captions of the plain style:
+    `cosine` of the mean-pooled features with and without it, and `distance` between the two in units of the mean distance
+    between two captions that describe different things."""
+    scenes = [s for s in world.sample_scenes("original", 400, seed=5) if not s.style.word][:64]
+    plain, styled = (
+        torch.stack([f.mean(0) for f in conditioner.text([word + world.caption(s) for s in scenes])])
+        for word in ("", f"{world.TARGET_TAG} style: ")
     )
-    pooled = pooled - pooled.mean((0, 1))
-    return torch.cosine_similarity(pooled[:1], pooled[1:], dim=-1).mean(1).max().item()
+    others = (plain[:, None] - plain[None]).norm(dim=-1)
+    distance = (plain - styled).norm(dim=-1).mean() / others[others > 0].mean()
+    cosine = torch.cosine_similarity(plain, styled, dim=-1).mean()
+    return {"cosine": round(cosine.item(), 4), "distance": round(distance.item(), 4)}
