@@ -65,7 +65,7 @@ def test_palette_distance_is_the_shift_of_the_ground():
 
 
 def test_a_tiny_build_runs_and_an_interrupted_one_gives_the_same_weights(tmp_path):
-    sizes = {"judge": 2, "vae": 2, "base": 4, "distil": 2, "batch": 5, "check": 6}
+    sizes = {"judge": 2, "vae": 2, "base": 4, "distil": 2, "polish": 2, "batch": 5, "check": 6}
     report = build.build(tmp_path / "whole", tmp_path / "out", sizes)
     assert report is not None and set(report["required"]) and "original" in report["rows"]
 
