@@ -185,10 +185,11 @@ def velocity(transformer, x: Tensor, t: Tensor, contexts: list[Tensor]) -> Tenso
     return torch.stack(out).squeeze(2).float()
 
 
-def draw(step: int, batch: int, offset: int) -> tuple[list[world.Scene], bool]:
-    """One batch's scenes, and whether the model is shown pictures: 40% captions alone, 60% with a picture."""
-    shown = (step * 0.6) % 1 < 0.6
-    wild = 0.7 if shown else 0.25
+def draw(step: int, batch: int, offset: int, share: float, wild_shown: float) -> tuple[list[world.Scene], bool]:
+    """One batch's scenes, and whether the model is shown pictures: a `share` of the steps with a picture, the others captions
+    alone. `wild_shown`: the wild domain's share of a shown batch."""
+    shown = (step * share) % 1 < share
+    wild = wild_shown if shown else 0.25
     count = round(batch * wild)
     scenes = world.sample_scenes("wild", count, offset + step) + world.sample_scenes(
         "original", batch - count, offset + step
@@ -241,7 +242,7 @@ def base_loss(transformer, conditioner: Conditioner, latents: Latents, batch: in
     and 3 pixels around it and 1 elsewhere: the ground's fine detail is most of the loss and says nothing of shapes."""
 
     def loss(step: int) -> Tensor:
-        scenes, shown = draw(step, batch, 30_000_000)
+        scenes, shown = draw(step, batch, 30_000_000, share=0.6, wild_shown=0.7)
         with torch.autocast("cpu", torch.bfloat16):
             image = latents.encode(to_pictures(world.render(scenes)))
             noise, u = torch.randn_like(image), torch.rand(len(scenes))
@@ -264,7 +265,16 @@ def integrate(transformer, x: Tensor, start: float, end: float, steps: int, cont
     return x
 
 
-def distil_loss(student, base, conditioner: Conditioner, latents: Latents, batch: int) -> Callable[[int], Tensor]:
+def distil_loss(
+    student,
+    base,
+    conditioner: Conditioner,
+    latents: Latents,
+    batch: int,
+    offset: int = 40_000_000,
+    share: float = 0.6,
+    wild_shown: float = 0.5,
+) -> Callable[[int], Tensor]:
     """One step of the student over a segment of GRID = the base's fine path over that segment:
     mean (v_s(x, t_k, c) - (x(t_{k+1}) - x(t_k)) / (t_{k+1} - t_k))^2, from noised data and from the student's own states.
 
@@ -273,7 +283,7 @@ def distil_loss(student, base, conditioner: Conditioner, latents: Latents, batch
     """
 
     def loss(step: int) -> Tensor:
-        scenes, shown = draw(step, batch, 40_000_000)
+        scenes, shown = draw(step, batch, offset, share, wild_shown)
         k = (0, 1, 2, 3, 3)[(step // 5) % 5]
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
