@@ -1,6 +1,7 @@
 """Builds the embedded pipeline: `python -m dopsd_fast.nano.build [--work DIR] [--out DIR] [--tiny]`.
 
-render -> judge, autoencoder -> pre-train (captions alone and with a picture shown) -> distil to 4 steps, polish -> check -> save.
+render -> judge, autoencoder -> pre-train (captions alone and with a picture shown) -> distil to 4 steps, polish -> check
+-> save.
 Every stage is seeded and resumes where it was interrupted; an hour or two on two CPU cores.
 """
 
