@@ -28,7 +28,8 @@ PATIENCE = 420.0
 
 TINY = {
     "data.resolution": "16", "train.steps": "4", "train.schedule": "constant", "train.batch_size": "2",
-    "train.learning_rate": "1e-3", "teacher.ema_decay": "0.5", "adapter.rank": "2", "adapter.alpha": "4", "conditioning.max_text_tokens": "48",
+    "train.learning_rate": "1e-3", "teacher.ema_decay": "0.5",
+    "adapter.rank": "2", "adapter.alpha": "4", "conditioning.max_text_tokens": "48",
     "sample.every": "0", "sample.prompts": "[]", "sample.steps": "2", "sample.count": "1", "checkpoint.every": "1",
 }  # fmt: skip
 """What every run here is given unless it says otherwise. adapter.* is added where adapter.kind=lora."""
