@@ -10,12 +10,13 @@ PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help demo test check nano install clean
+.PHONY: help demo test bench check nano install clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train the embedded pipeline end to end and show what it learned (no GPU needed)"
 	@echo "make test    run the tests (no GPU needed)"
+	@echo "make bench   measure against the published step and its stronger variants, into bench/results/ (no GPU needed)"
 	@echo "make check   ruff and mypy"
 	@echo "make nano    build the embedded pipeline anew (an hour or two on 2 cores; resumes)"
 	@echo "make clean   remove the environment and what was built"
@@ -26,6 +27,9 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+bench: install
+	$(BIN)/python bench/run.py --out bench/results/here
 
 check: install
 	$(BIN)/ruff check .
@@ -55,7 +59,7 @@ $(VENV)/.torch: $(VENV)/.tools
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml CMakeLists.txt $(wildcard kernels/dopsd_kernels/csrc/*)
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null \
 		|| { echo "A C++ compiler was not found. On Debian and Ubuntu: apt-get install g++" >&2; exit 1; }
-	$(PIP) install -q $(PIN) --no-build-isolation -e '.[test]'
+	$(PIP) install -q $(PIN) --no-build-isolation -e '.[test,bench]'
 	@touch $@
 
 clean:

@@ -1,14 +1,12 @@
 """What one micro-batch adds to the gradient: D-OPSD, and flow matching (SFT) behind the same interface.
 
-An objective sees a batch, velocity functions and a `backward` function; it never sees a model, an optimizer or a
-rank. `accumulate(inputs, backward)` calls `backward(loss)` one or more times and returns what happened.
+An objective sees a batch, a `Forward` that gives velocities, and a `backward` function; it never sees a model, an
+optimizer or a rank. `accumulate(inputs, backward)` calls `backward(loss)` one or more times and returns what happened.
 
-Room for other objectives, PSO (pairwise sample optimisation, arXiv 2410.03190) first of all:
-`StepInputs.initial_velocity` is the velocity under the starting weights, when the trainer has them. Own samples need
-no more than is here: from `inputs.noise`, Euler steps along `inputs.grid` with `student_velocity` under no_grad give
-x_1 of the current weights; the winner is `inputs.latents`, the loser that sample, the reference `initial_velocity` at
-the same states, and the pair's loss goes through `backward` like any other. Nothing here is built for it beyond that
-one field.
+Room for other objectives, PSO (pairwise sample optimisation, arXiv 2410.03190) first of all: a frozen teacher is the
+starting weights, and `Forward` gives their velocity beside the student's. Own samples need no more than is here: from
+`inputs.noise`, Euler steps along `inputs.grid` with `forward` under no_grad give x_1 of the current weights; the winner is
+`inputs.latents`, the loser that sample, and the pair's loss goes through `backward` like any other.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
+from dopsd_kernels.divergence_step import divergence_step
 from torch import Tensor
 
 from dopsd_fast.trajectory import WeightKind, off_policy_state, weights
@@ -26,6 +25,39 @@ from dopsd_fast.trajectory import WeightKind, off_policy_state, weights
 Context = dict[str, Tensor]
 Velocity = Callable[[Tensor, Tensor, Sequence[Context]], Tensor]
 Backward = Callable[[Tensor], object]
+
+
+class Forward(Protocol):
+    """Velocities along one trajectory, under contexts that do not change on the way.
+
+    Called with x `[B, C, h, w]` and t `[B]` in [0, 1]: (v_s, v_t), dx/dt = image - noise, shaped as x; v_s carries
+    gradient, v_t none, and is None where there is no teacher. `finish` comes after the last backward of the trajectory,
+    and back-propagates what all states shared."""
+
+    def __call__(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]: ...
+
+    def finish(self, backward: Backward) -> None: ...
+
+
+@dataclass
+class TwoCalls:
+    """Student and teacher one after the other: (x, t, one context per item) -> v each. The teacher goes first: its
+    activations are gone before the student's graph is built."""
+
+    student: Velocity
+    student_contexts: Sequence[Context]
+    teacher: Velocity | None = None
+    teacher_contexts: Sequence[Context] = ()
+
+    def __call__(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        v_t = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                v_t = self.teacher(x, t, self.teacher_contexts)
+        return self.student(x, t, self.student_contexts), v_t
+
+    def finish(self, backward: Backward) -> None:
+        pass
 
 
 class NonFiniteLoss(Exception):
@@ -45,18 +77,12 @@ class NonFiniteLoss(Exception):
 class StepInputs:
     """One micro-batch. B items of one bucket; latents `[B, C, h, w]`, times `[B]`, fp32, on the student's device.
 
-    A velocity function takes (x `[B, C, h, w]`, t `[B]` in [0, 1], one context per item) and returns dx/dt = image -
-    noise, shaped and typed as x. `student_velocity` carries gradient; `teacher_velocity` is called under no_grad.
     `scale` is 1 / accumulation: it scales what is back-propagated, not what is reported.
     """
 
     noise: Tensor
     grid: Sequence[float]
-    student_contexts: Sequence[Context]
-    student_velocity: Velocity
-    teacher_contexts: Sequence[Context] = ()
-    teacher_velocity: Velocity | None = None
-    initial_velocity: Velocity | None = None
+    forward: Forward
     latents: Tensor | None = None
     times: Tensor | None = None
     scale: float = 1.0
@@ -79,7 +105,7 @@ class StepReport:
 
 class Objective(Protocol):
     """What the trainer relies on. `needs_latents`: StepInputs.latents must be given; `needs_times`: .times;
-    `needs_teacher`: .teacher_contexts and .teacher_velocity."""
+    `needs_teacher`: `forward` must have one."""
 
     needs_latents: bool
     needs_times: bool
@@ -118,40 +144,39 @@ class DOPSD:
 
     def accumulate(self, inputs: StepInputs, backward: Backward) -> StepReport:
         """Back-propagate `inputs.scale` * L. Raises NonFiniteLoss, and ValueError when a needed input is missing."""
-        if inputs.teacher_velocity is None or len(inputs.teacher_contexts) != len(inputs.noise):
-            raise ValueError("objective dopsd: a teacher velocity and one teacher context per item are needed")
         if self.needs_latents and inputs.latents is None:
             raise ValueError("objective dopsd: off_policy states need the target latents")
 
         grid = inputs.grid
         num_states = len(grid) - 1
         term_weights = weights(self.weight, grid)
-        x = inputs.noise
+        x = inputs.noise.contiguous()
         states = [x]
         errors: list[Tensor] = []
         total: Tensor | None = None
         for k in range(num_states):
             t = x.new_full((len(x),), grid[k])
-            # The teacher goes first: its activations are gone before the student's graph is built.
-            with torch.no_grad():
-                v_t = inputs.teacher_velocity(x, t, inputs.teacher_contexts)
-            v_s = inputs.student_velocity(x, t, inputs.student_contexts)
-            error = mean_square(v_s, v_t)
-            errors.append(error.detach())
-            if self.on_policy:
-                x = x + (grid[k + 1] - grid[k]) * v_s.detach().to(x.dtype)
+            v_s, v_t = inputs.forward(x, t)
+            if v_t is None:
+                raise ValueError("objective dopsd: a teacher is needed")
+            weight = inputs.scale * term_weights[k] / num_states
+            dt = grid[k + 1] - grid[k] if self.on_policy else None
+            step = divergence_step(v_s.contiguous(), v_t.contiguous(), x, weight, dt, grid[k])
+            errors.append(step.mean_square)
+            if step.x_next is not None:
+                x = step.x_next
             else:
                 assert inputs.latents is not None
                 x = off_policy_state(inputs.noise, inputs.latents, grid[k + 1])
             states.append(x)
-            term = error * (inputs.scale * term_weights[k] / num_states)
             if self.per_state:
-                backward(term)
+                backward(step.loss)
             else:
-                total = term if total is None else total + term
-            del v_s, error, term
+                total = step.loss if total is None else total + step.loss
+            del v_s, v_t, step
         if total is not None:
             backward(total)
+        inputs.forward.finish(backward)
         return _report(errors, term_weights, states)
 
 
@@ -170,10 +195,11 @@ class SFT:
         if inputs.latents is None or inputs.times is None:
             raise ValueError("objective sft: target latents and one time per item are needed")
         x = off_policy_state(inputs.noise, inputs.latents, inputs.times)
-        v_s = inputs.student_velocity(x, inputs.times.to(x), inputs.student_contexts)
-        error = mean_square(v_s, inputs.latents - inputs.noise)
-        backward(error * inputs.scale)
-        return _report([error.detach()], [1.0], [x])
+        v_s = inputs.forward(x, inputs.times.to(x))[0]
+        step = divergence_step(v_s.contiguous(), inputs.latents - inputs.noise, x, inputs.scale, None, 0.0)
+        backward(step.loss)
+        inputs.forward.finish(backward)
+        return _report([step.mean_square], [1.0], [x])
 
 
 def make_objective(settings) -> Objective:
@@ -184,12 +210,6 @@ def make_objective(settings) -> Objective:
     if method.name == "sft":
         return SFT()
     raise ValueError(f"method.name: {method.name!r} is none of 'dopsd', 'sft'")
-
-
-def mean_square(prediction: Tensor, target: Tensor) -> Tensor:
-    """mean((prediction - target)^2) over all elements, in fp32 or wider; gradient to `prediction` only."""
-    wide = torch.promote_types(prediction.dtype, torch.float32)
-    return (prediction.to(wide) - target.detach().to(wide)).square().mean()
 
 
 def _report(errors: list[Tensor], term_weights: list[float], states: list[Tensor]) -> StepReport:

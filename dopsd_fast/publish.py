@@ -14,6 +14,7 @@ from dopsd_fast.errors import UserError
 from dopsd_fast.export import DTYPES, Shard, export_full, export_lora, weight_files
 from dopsd_fast.families import open_family
 from dopsd_fast.sampling import rollout
+from dopsd_fast.teacher import STUDENT, Pair, fuse
 
 if TYPE_CHECKING:
     from dopsd_fast.showcase import Shown
@@ -85,7 +86,9 @@ def _read_back(trainer: Trainer, shown: Shown, out: Path) -> Tensor:
     model.to(trainer.device)
     noise = trainer.showcase.noise(shown, 0)
     grid = family.sample_grid(trainer.settings.sample.steps, tuple(noise.shape[1:]))
-    return rollout(family, model, noise, [trainer.context("student", shown.prompt)], grid)
+    adapter = "" if trainer.pair.lora_config is None else model.active_adapters()[0]
+    pair = Pair(model, None, fused=fuse(family, trainer.settings, {STUDENT: model}, {STUDENT: adapter}))
+    return rollout(pair.sampler(family, STUDENT, [trainer.context("student", shown.prompt)], noise.shape), noise, grid)
 
 
 def _pixels(trainer: Trainer, latent: Tensor) -> np.ndarray:

@@ -106,8 +106,13 @@ class TrainSettings(Section):
     """Noise, times, prompt choice and order are functions of it."""
     precision: Literal["bf16", "fp32"] = "fp32"
     """Dtype of weights and activations; the optimizer's master copy and the EMA are fp32 either way."""
-    recompute: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    activations: Literal["keep", "selective", "recompute"] = "keep"
+    """What stays in memory for the backward pass: keep (fastest), selective (all but the wide feed-forward layer, computed
+    again), recompute (each block's input; about a third more time)."""
+    attention: Literal[
+        "auto", "flash_attn_2", "flash_attn_3", "flash_attn_4", "cudnn", "flash", "varlen", "cpu_flash", "math"
+    ] = "auto"
+    """Which library computes attention in the pair forward; auto takes the fastest that fits the machine."""
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
     """CPU threads per rank; 0 leaves torch's own choice."""
 
@@ -204,6 +209,9 @@ class Settings(Section):
     resume: Text = "never"
     """never refuses an output.dir that holds a run; auto continues the run there, or begins one; a path (of a run, or of one
     of its checkpoints) continues from there, in place or in another output.dir."""
+    backbone: Literal["auto", "pair", "diffusers"] = "auto"
+    """pair runs student and teacher side by side through the fused kernels; diffusers runs its own forward, twice. auto is pair
+    where the family has one (Z-Image)."""
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()

@@ -376,6 +376,8 @@ def _initialize(pair: Pair, optimizer: torch.optim.Optimizer, config: dict[str, 
 
     logger = logging.getLogger("DeepSpeed")
     level = logger.level
+    if pair.fused is not None and config["zero_optimization"]["stage"] == 3:
+        deepspeed.utils.set_z3_leaf_modules(pair, pair.fused.units, raise_if_not_found=False)
     logger.setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
     try:
         return deepspeed.initialize(model=pair, optimizer=optimizer, config=config)[0]

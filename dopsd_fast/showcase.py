@@ -99,8 +99,7 @@ class Showcase:
         )
         noise = self.noise(shown, index)
         grid = trainer.family.sample_grid(s.sample.steps, tuple(noise.shape[1:]))
-        with trainer.pair.branch(branch) as transformer:
-            return rollout(trainer.family, transformer, noise, [context], grid)
+        return rollout(trainer.pair.sampler(trainer.family, branch, [context], noise.shape), noise, grid)
 
     def noise(self, shown: Shown, index: int) -> Tensor:
         generator = torch.Generator().manual_seed(item_seed(self.trainer.settings.sample.seed, 0, index, 0, "sample"))

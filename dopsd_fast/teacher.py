@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dopsd_fast.errors import UserError
+from dopsd_fast.objective import Forward, TwoCalls
 
 if TYPE_CHECKING:
     from dopsd_fast.families.base import Context, Family
     from dopsd_fast.settings import Settings
 
 STUDENT, TEACHER = "student", "teacher"
+
+Sampler = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,30 +43,53 @@ class Pair(nn.Module):
     LoRA     None: adapter "teacher" inside `student`; kind=student: only adapter "student"
 
     Both live in one module because ZeRO-3 partitions what is given to it, frozen weights too.
-    `lora_config`: PEFT's LoraConfig, None for full fine-tuning.
+    `lora_config`: PEFT's LoraConfig, None for full fine-tuning. `fused`: the family's pair forward over both, or None:
+    then each runs by itself, through diffusers' own forward.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module | None, lora_config: Any = None) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, lora_config: Any = None, fused: Any = None) -> None:
         super().__init__()
+        self.fused = fused
         self.student = student
         self.teacher = teacher
         self.lora_config = lora_config
         self._adapted = _adapter_layers(student) if lora_config is not None else []
         self.has_teacher_adapter = any(TEACHER in layer.lora_A for layer in self._adapted)
 
-    def forward(self, x: Tensor, t: Tensor, *, family: Family, contexts: Sequence[Context]) -> Tensor:
-        return family.velocity(self.student, x, t, contexts)
+    def forward(self, x: Tensor, t: Tensor, *, call: Callable[[Tensor, Tensor], Any]) -> Any:
+        """`call(x, t)`. ZeRO-3 records one trace from each call of this module to the next."""
+        return call(x, t)
+
+    def open(self, family: Family, student: Sequence[Context], teacher: Sequence[Context], shape: Sequence[int]) -> Forward:
+        """The velocities along one trajectory of latents `[B, C, h, w]` = `shape`, one context per item; without teacher
+        contexts the student's alone."""
+        if self.fused is None:
+            call = partial(self.teacher_velocity, family) if teacher else None
+            return TwoCalls(partial(self.student_velocity, family), student, call, teacher)
+        branches = {STUDENT: student, TEACHER: teacher} if teacher else {STUDENT: student}
+        return FusedForward(self, branches, shape)
+
+    def sampler(self, family: Family, branch: str, contexts: Sequence[Context], shape: Sequence[int]) -> Sampler:
+        """v of one branch, without gradient, for `sampling.rollout`."""
+        if self.fused is None:
+            return partial(self._alone, family, branch, contexts)
+        with torch.no_grad():
+            forward = FusedForward(self, {branch: contexts}, shape)
+        return lambda x, t: forward(x, t)[0].to(x.dtype)
+
+    @torch.no_grad()
+    def _alone(self, family: Family, branch: str, contexts: Sequence[Context], x: Tensor, t: Tensor) -> Tensor:
+        with self.branch(branch) as transformer:
+            return family.velocity(transformer, x, t, contexts)
 
     def student_velocity(self, family: Family, x: Tensor, t: Tensor, contexts: Sequence[Context]) -> Tensor:
         """v_s `[B, C, h, w]` at x `[B, C, h, w]`, t `[B]`, with gradient."""
-        return self(x, t, family=family, contexts=contexts)
+        return self(x, t, call=lambda x, t: family.velocity(self.student, x, t, contexts))
 
-    @torch.no_grad()
     def teacher_velocity(self, family: Family, x: Tensor, t: Tensor, contexts: Sequence[Context]) -> Tensor:
-        """v_t, shaped as x, without gradient. Not through `forward`: ZeRO-3 records one trace from each call of this
-        module to the next, and student, teacher, backward is the sequence that repeats."""
-        with self.branch(TEACHER) as transformer:
-            return family.velocity(transformer, x, t, contexts)
+        """v_t, shaped as x, without gradient. Not through `forward`: teacher, student, backward is the sequence that
+        repeats."""
+        return self._alone(family, TEACHER, contexts, x, t)
 
     @contextmanager
     def branch(self, name: str) -> Iterator[nn.Module]:
@@ -93,9 +120,50 @@ class Pair(nn.Module):
             if param.requires_grad
         ]
 
+    def describe(self) -> dict[str, Any]:
+        """What was chosen, for the run's files."""
+        if self.fused is None:
+            return {"backbone": "diffusers", "attention": "torch scaled_dot_product_attention (diffusers)"}
+        return {"backbone": "pair", **self.fused.describe()}
+
     def _activate(self, adapter: str) -> None:
         for layer in self._adapted:
             layer._active_adapter = [adapter]
+
+
+class FusedForward:
+    """The family's pair forward along one trajectory (see `objective.Forward`). The first branch of `branches` (contexts by
+    branch) carries gradient.
+
+    What the states share, the refined captions, is computed here, once, and given to each state without its graph; the
+    states' gradients for it are summed (fp32) and `finish` back-propagates them once."""
+
+    def __init__(self, pair: Pair, branches: dict[str, Sequence[Context]], shape: Sequence[int]) -> None:
+        self.pair = pair
+        fused = pair.fused
+        weight = next(pair.student.parameters())
+        self.dtype, self.names = weight.dtype, tuple(branches)
+        contexts = list(branches.values())
+        self.layouts = [fused.layout(ours, shape[-2], shape[-1], weight.device) for ours in contexts]
+        self.shared = fused.captions_of(self.names, contexts, self.layouts, self.dtype)
+        self.given = [captions.detach() for captions in self.shared]
+        if self.shared[0].requires_grad:
+            self.given[0].requires_grad_()
+            self.given[0].grad_dtype = torch.promote_types(self.dtype, torch.float32)
+
+    def __call__(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        v = self.pair(x.to(self.dtype), t, call=self._state)
+        return v[0], v[1] if len(v) > 1 else None
+
+    def _state(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        return self.pair.fused(x, t, self.names, self.given, self.layouts)
+
+    def finish(self, backward: Callable[[Tensor], object]) -> None:
+        gradient = self.given[0].grad
+        if gradient is not None:
+            # The gradient of this sum is `gradient`.
+            backward((self.shared[0] * gradient.to(self.dtype)).sum())
+            self.given[0].grad = None
 
 
 def build_pair(family: Family, settings: Settings, dtype: torch.dtype) -> Pair:
@@ -110,17 +178,35 @@ def build_pair(family: Family, settings: Settings, dtype: torch.dtype) -> Pair:
         adapters = [STUDENT] if kind == "student" else [STUDENT, TEACHER]
         targets = settings.adapter.targets or family.lora_targets
         config = add_adapters(student, targets, settings.adapter.rank, settings.adapter.alpha, settings.train.seed, adapters)
-        pair = Pair(student, None, config)
+        teacher = None
+        names = {STUDENT: STUDENT, TEACHER: adapters[-1]}
     else:
+        config = None
         teacher = None if kind == "student" else copy.deepcopy(student)
         student.requires_grad_(True)
-        pair = Pair(student, teacher)
+        names = {STUDENT: "", TEACHER: ""}
+    modules = {STUDENT: student, TEACHER: student if teacher is None else teacher}
+    pair = Pair(student, teacher, config, fuse(family, settings, modules, names))
     for param in pair.parameters():
         if param.is_floating_point() and param.dtype != dtype:
             param.data = param.data.to(dtype)
-    if settings.train.recompute:
+    if pair.fused is None and settings.train.activations == "recompute":
         student.enable_gradient_checkpointing()  # type: ignore[operator]
     return pair
+
+
+def fuse(family: Family, settings: Settings, modules: dict[str, nn.Module], adapters: dict[str, str]) -> Any:
+    """The pair forward that `backbone` asks for, or None for diffusers' own forward. UserError where the family has none."""
+    train = settings.train
+    fused = None
+    if settings.backbone != "diffusers":
+        fused = family.pair_forward(modules, adapters, train.activations, train.attention)
+    if fused is None and settings.backbone == "pair":
+        raise UserError(f"backbone=pair: {family.name} has no pair forward: leave backbone=auto")
+    if fused is None and train.activations == "selective":
+        raise UserError(f"train.activations=selective: only the pair forward has it, {family.name} runs diffusers' forward: "
+                        "use keep or recompute")
+    return fused
 
 
 def lora_coverage(transformer: nn.Module, targets: Sequence[str]) -> dict[str, int]:

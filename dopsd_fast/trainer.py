@@ -282,14 +282,12 @@ class Trainer:
         if objective.needs_times:
             seeds = [item_seed(seed, item.epoch, item.record, item.repeat, "time") for item in items]
             times = draw_times(seeds, grid_shift(grid)).to(self.device)
+        student = [self.context("student", item.prompt) for item in items]
         teacher = [self.context("teacher", i.record, i.prompt) for i in items] if objective.needs_teacher else []
         return StepInputs(
             noise=noise,
             grid=grid,
-            student_contexts=[self.context("student", item.prompt) for item in items],
-            student_velocity=lambda x, t, c: self.pair.student_velocity(family, x, t, c),
-            teacher_contexts=teacher,
-            teacher_velocity=lambda x, t, c: self.pair.teacher_velocity(family, x, t, c),
+            forward=self.pair.open(family, student, teacher, noise.shape),
             latents=latents,
             times=times,
             scale=1 / self.settings.train.accumulation,
@@ -351,7 +349,7 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "attention": "torch scaled_dot_product_attention (diffusers)",
+            **self.pair.describe(),
             **self.engine.describe(),
         }
 

@@ -87,6 +87,11 @@ class Family:
                 nn.init.normal_(param, std=0.3)
         return model.to(dtype).eval()
 
+    name = "toy"
+
+    def pair_forward(self, *_):
+        return None
+
     def velocity(self, transformer, x, t, contexts):
         dtype = next(p for p in transformer.parameters() if p.is_floating_point()).dtype
         tokens = x.flatten(2).transpose(1, 2)
@@ -104,6 +109,7 @@ class RealFamily:
 
         family = open_family(folder, Settings().conditioning)
         self.load_transformer, self.velocity = family.load_transformer, family.velocity
+        self.name, self.pair_forward = family.name, family.pair_forward
         self.lora_targets, self.shape = family.lora_targets, family.latent_shape(16, 8)
         prompts = ["a" * (1 + 3 * i) for i in range(2 * GLOBAL_BATCH)]
         self.encoded = family.load_encoders().student(prompts)
@@ -121,7 +127,7 @@ def make_settings(case: dict[str, Any], world: int) -> Settings:
     settings.train.grad_clip = case.get("grad_clip", 0.05)
     settings.train.weight_decay = 0.01
     settings.train.eps = case.get("eps", 1e-8)
-    settings.train.recompute = case.get("recompute", False)
+    settings.train.activations = "recompute" if case.get("recompute") else "keep"
     settings.deepspeed.stage = case["stage"]
     settings.deepspeed.config = case.get("config", {})
     settings.adapter.kind = case.get("adapter", "full")
@@ -161,19 +167,17 @@ def micro_batches(family, settings: Settings, rank: int, world: int, step: int):
 def accumulate(backward, pair, family, settings: Settings, rank: int, world: int, step: int) -> None:
     """Two states of a trajectory per micro-batch, one backward each."""
     for x, student_contexts, teacher_contexts in micro_batches(family, settings, rank, world, step):
+        forward = pair.open(family, student_contexts, teacher_contexts, x.shape)
         for k in range(2):
-            t = torch.full((len(x),), 0.5 * k)
-            v_s = pair.student_velocity(family, x, t, student_contexts)
-            v_t = pair.teacher_velocity(family, x, t, teacher_contexts)
+            v_s, v_t = forward(x, torch.full((len(x),), 0.5 * k))
             backward((v_s - v_t).float().square().mean() / 2 / settings.train.accumulation)
             x = (x + 0.5 * v_s).detach()
+        forward.finish(backward)
 
 
 def probe(pair, family, which: str) -> torch.Tensor:
     x = torch.linspace(-1, 1, math.prod(family.shape)).reshape(1, *family.shape)
-    call = pair.student_velocity if which == "student" else pair.teacher_velocity
-    with torch.no_grad():
-        return call(family, x, torch.tensor([0.3]), family.contexts(0)[0][:1]).clone()
+    return pair.sampler(family, which, family.contexts(0)[0][:1], x.shape)(x, torch.tensor([0.3])).clone()
 
 
 class Rig:
@@ -355,7 +359,7 @@ def run(world: int, cases: list[dict[str, Any]], folder: Path) -> dict[str, Any]
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
-        "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "0", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     processes = [
         subprocess.Popen(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dopsd_kernels import backend
 from dopsd_kernels.adamw_ema import AdamWEMA
+from tests.ops.rule import assert_twice
 
 SHAPES = [(5, 123, 7), (1,), (33,), (64, 64)]
 
@@ -23,44 +25,62 @@ def set_gradients(params: list[torch.nn.Parameter], step: int, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_bit_equal_to_torch(weight_decay: float) -> None:
+def test_plain_pytorch_is_bit_equal_to_torch(weight_decay: float) -> None:
     ours, theirs = parameters(), parameters()
     options = dict(lr=3e-3, betas=(0.8, 0.95), eps=1e-7, weight_decay=weight_decay)
     optimizer, reference = AdamWEMA(ours, **options), torch.optim.AdamW(theirs, foreach=False, **options)
     for step in range(7):
         for params, opt in ((ours, optimizer), (theirs, reference)):
             set_gradients(params, step, torch.float32)
-            opt.step()
+            with backend.forced("torch"):
+                opt.step()
         for a, b in zip(ours, theirs):
             assert torch.equal(a, b)
             assert torch.equal(optimizer.state[a]["exp_avg_sq"], reference.state[b]["exp_avg_sq"])
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_native_is_at_most_twice_as_wrong_as_torch(weight_decay: float) -> None:
+    ours, theirs = parameters(), parameters()
+    exact = [torch.nn.Parameter(param.detach().double()) for param in ours]
+    options = dict(lr=3e-3, betas=(0.8, 0.95), eps=1e-7, weight_decay=weight_decay)
+    optimizer = AdamWEMA(ours, **options)
+    others = [torch.optim.AdamW(params, foreach=False, **options) for params in (theirs, exact)]
+    for step in range(7):
+        set_gradients(ours, step, torch.float32)
+        for a, b, c in zip(ours, theirs, exact):
+            b.grad, c.grad = a.grad.clone(), a.grad.double()
+        for opt in (optimizer, *others):
+            opt.step()
+    assert optimizer.ema_backend == "native"
+    assert_twice([p.detach() for p in ours], [p.detach() for p in theirs], [p.detach() for p in exact])
+
+
 def test_pieces_of_a_large_tensor_give_the_same(monkeypatch) -> None:
     whole, pieces = parameters(), parameters()
     for params, size in ((whole, 1 << 22), (pieces, 64)):
-        monkeypatch.setattr("dopsd_kernels.adamw_ema._CHUNK", size)
+        monkeypatch.setattr("dopsd_kernels.adamw_ema_triton._PIECE", size)
         optimizer = AdamWEMA(params, lr=1e-2, ema_decay=0.9)
         for step in range(3):
             set_gradients(params, step, torch.float32)
-            optimizer.step()
+            with backend.forced("torch"):
+                optimizer.step()
     for a, b in zip(whole, pieces):
         torch.testing.assert_close(a, b, rtol=2**-22, atol=2**-22)  # the last elements of a piece may round otherwise
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("decay", [0.9, 0.9999])
-@pytest.mark.parametrize("backend", ["as_found", "torch"])
-def test_average_equals_float64(dtype: torch.dtype, decay: float, backend: str) -> None:
+@pytest.mark.parametrize("name", ["native", "torch"])
+def test_average_equals_float64(dtype: torch.dtype, decay: float, name: str) -> None:
     params = parameters(dtype)
     expected = [param.detach().double() for param in params]
     optimizer = AdamWEMA(params, lr=1e-2, ema_decay=decay)
-    if backend == "torch":
-        optimizer._native = None
     steps = 20
     for step in range(steps):
         set_gradients(params, step, torch.float32)
-        optimizer.step()
+        with backend.forced(name):
+            optimizer.step()
         for i, param in enumerate(params):
             theta = optimizer.state[param].get("master", param).detach().double()
             expected[i] = decay * expected[i] + (1 - decay) * theta
@@ -71,7 +91,7 @@ def test_average_equals_float64(dtype: torch.dtype, decay: float, backend: str) 
         # 2^-24.
         bound = 4 * steps * 2**-24 * max(1.0, float(wanted.abs().max()))
         assert float((ema.double() - wanted).abs().max()) <= bound
-    assert optimizer.ema_backend in ("native", "torch") and (backend != "torch" or optimizer.ema_backend == "torch")
+    assert optimizer.ema_backend == name
 
 
 def test_bf16_weights_move_an_fp32_average_but_not_a_bf16_one() -> None:
@@ -131,6 +151,95 @@ def test_parameters_without_gradient_stay() -> None:
     assert torch.equal(params[1], before) and params[1] not in optimizer.state
 
 
+def test_low_bits_compute_what_fp32_masters_do() -> None:
+    """The same masters and averages, bit for bit; parameters and teachers are their nearest bf16."""
+    runs = []
+    for masters in ("fp32", "low_bits"):
+        params = parameters(torch.bfloat16)
+        teachers = {param: torch.empty_like(param) for param in params}
+        optimizer = AdamWEMA(params, lr=1e-2, weight_decay=0.1, ema_decay=0.9, masters=masters, teachers=teachers)
+        for step in range(5):
+            set_gradients(params, step, torch.bfloat16)
+            optimizer.step()
+        runs.append((params, teachers, optimizer))
+    (params, teachers, optimizer), (less, less_teachers, low_bits) = runs
+    for a, b in zip(params, less):
+        assert set(low_bits.state[b]) == {"step", "exp_avg", "exp_avg_sq", "low", "ema_low"}
+        for kind in ("master", "exp_avg", "exp_avg_sq", "ema"):
+            assert torch.equal(optimizer.read(a, kind), low_bits.read(b, kind)), kind
+        for rounded, exact in ((b, low_bits.read(b, "master")), (less_teachers[b], low_bits.read(b, "ema"))):
+            error = (rounded.detach().view(-1).double() - exact.double()).abs()
+            assert bool((error <= (exact.bfloat16().double() - exact.double()).abs()).all())
+        assert torch.equal(a, optimizer.state[a]["master"].bfloat16())
+        assert torch.equal(teachers[a], optimizer.state[a]["ema"].bfloat16())
+
+
+@pytest.mark.parametrize("masters", ["fp32", "low_bits"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resumes_bit_for_bit(masters: str, dtype: torch.dtype) -> None:
+    """What `read` gives, `write` restores: in pieces, and between the two storages."""
+
+    def start(masters: str, params: list[torch.nn.Parameter]) -> tuple[AdamWEMA, dict]:
+        teachers = {param: torch.empty_like(param) for param in params}
+        return AdamWEMA(params, lr=1e-2, ema_decay=0.99, masters=masters, teachers=teachers), teachers
+
+    def steps(params: list[torch.nn.Parameter], optimizer: AdamWEMA, wanted: range) -> None:
+        for step in wanted:
+            set_gradients(params, step, torch.float32)
+            optimizer.step()
+
+    straight, resumed = parameters(dtype), parameters(dtype)
+    optimizer, teachers = start("fp32", straight)
+    steps(straight, optimizer, range(3))
+    other, other_teachers = start(masters, resumed)
+    for a, b in zip(straight, resumed):
+        other.init_state(b, True)["step"] = 3
+        half = a.numel() // 2
+        for kind in ("master", "exp_avg", "exp_avg_sq", "ema"):
+            other.write(b, kind, optimizer.read(a, kind, 0, half))
+            other.write(b, kind, optimizer.read(a, kind, half), half)
+        torch.testing.assert_close(b, a, rtol=2**-8, atol=0)
+    steps(straight, optimizer, range(3, 6))
+    steps(resumed, other, range(3, 6))
+    for a, b in zip(straight, resumed):
+        for kind in ("master", "exp_avg", "exp_avg_sq", "ema"):
+            assert torch.equal(optimizer.read(a, kind), other.read(b, kind)), kind
+        if masters == "fp32":
+            assert torch.equal(a, b) and torch.equal(teachers[a], other_teachers[b])
+
+
+def test_a_strided_parameter_is_updated_like_a_contiguous_one() -> None:
+    start = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    strided, plain = torch.nn.Parameter(start.t().contiguous().t()), torch.nn.Parameter(start.clone())
+    optimizer = AdamWEMA([strided, plain], lr=1e-2, ema_decay=0.5, teachers={strided: torch.empty(24)})
+    for step in range(3):
+        set_gradients([strided], step, torch.float32)
+        plain.grad = strided.grad.clone()
+        optimizer.step()
+    torch.testing.assert_close(strided, plain, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(optimizer.state[strided]["ema"], optimizer.state[plain]["ema"], rtol=1e-6, atol=1e-7)
+
+
+def test_fp16_parameters_keep_an_fp32_master() -> None:
+    weight = torch.nn.Parameter(torch.ones(64, dtype=torch.float16))
+    optimizer = AdamWEMA([weight], lr=1e-4)
+    for _ in range(20):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert torch.equal(weight, optimizer.state[weight]["master"].half()) and float(weight.detach()[0]) < 0.9985
+    with pytest.raises(ValueError, match="low_bits needs bf16 or fp32"):
+        AdamWEMA([weight], masters="low_bits").init_state(weight, False)
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="ema_decay"):
         AdamWEMA(parameters(), ema_decay=1.5)
+    with pytest.raises(ValueError, match="masters is 'bf16'"):
+        AdamWEMA(parameters(), masters="bf16")
+    params = parameters()
+    with pytest.raises(ValueError, match="must be contiguous, on cpu and have 33 elements"):
+        AdamWEMA(params, teachers={params[2]: torch.zeros(32)})
+    optimizer = AdamWEMA(params)
+    optimizer.init_state(params[2], True)
+    with pytest.raises(ValueError, match="before the first step"):
+        optimizer.set_teacher(params[2], torch.zeros(33))

@@ -1,5 +1,7 @@
 """FLUX.2-klein: contexts, edit references, velocity and rollouts against diffusers' pipeline."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -86,7 +88,7 @@ def test_rollout_is_the_pipeline(family, encoders, transformer, pipeline, refere
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(references))
     images = [picture(5), picture(6, 64, 64)][:references]
     contexts = encoders.teacher(PROMPTS[1:], [images]) if images else encoders.student(PROMPTS[1:])
-    x = rollout(family, transformer, noise, contexts, family.sample_grid(0, shape))
+    x = rollout(partial(family.velocity, transformer, contexts=contexts), noise, family.sample_grid(0, shape))
     call = dict(
         image=images or None, prompt=PROMPTS[1], height=64, width=80, num_inference_steps=4, guidance_scale=1.0,
         latents=noise, max_sequence_length=48,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from dopsd_fast.objective import DOPSD, SFT, NonFiniteLoss, StepInputs, make_objective
+from dopsd_fast.objective import DOPSD, SFT, NonFiniteLoss, StepInputs, TwoCalls, Velocity, make_objective
 from dopsd_fast.trajectory import draw_times, grid_shift, off_policy_state, shift_sigma, shifted_grid, weights
 
 GRID = [0.0, 0.1, 0.25, 0.5, 1.0]
@@ -32,18 +33,15 @@ class Field(nn.Module):
         return torch.sin(hidden * self.b)
 
 
-def make_inputs(student: Field, teacher: Field, dtype=torch.float64, **changes) -> StepInputs:
+def make_inputs(student: Velocity, teacher: Velocity | None, dtype=torch.float64, **changes) -> StepInputs:
     generator = torch.Generator().manual_seed(7)
 
     def draw(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    fields = dict(
-        noise=draw(*SHAPE), latents=draw(*SHAPE), grid=GRID,
-        student_contexts=[{"c": draw(2)} for _ in range(3)], teacher_contexts=[{"c": draw(2)} for _ in range(3)],
-        student_velocity=student, teacher_velocity=teacher,
-    )  # fmt: skip
-    return StepInputs(**(fields | changes))
+    fields = dict(noise=draw(*SHAPE), latents=draw(*SHAPE), grid=GRID)
+    contexts = [[{"c": draw(2)} for _ in range(3)] for _ in range(2)]
+    return StepInputs(**(fields | changes), forward=TwoCalls(student, contexts[0], teacher, contexts[1]))
 
 
 def gradients(objective, inputs, student):
@@ -132,8 +130,8 @@ def test_loss_gradient_and_states_are_the_formula(weight, states, backward):
             x = (1 - t) * inputs.noise + t * inputs.latents
         torch.testing.assert_close(report.states[k], x, rtol=0, atol=1e-14)
         times = torch.full((3,), t, dtype=x.dtype)
-        v_s = student(x, times, inputs.student_contexts)
-        difference = (v_s - teacher(x, times, inputs.teacher_contexts)).detach()
+        v_s = student(x, times, inputs.forward.student_contexts)
+        difference = (v_s - teacher(x, times, inputs.forward.teacher_contexts)).detach()
         cotangent = 2 * w[k] / (4 * difference.numel()) * difference
         for total, grad in zip(expected_grads, torch.autograd.grad(v_s, list(student.parameters()), cotangent)):
             total += grad
@@ -205,9 +203,7 @@ def test_teacher_runs_without_graph_and_alone():
 
         return velocity
 
-    inputs = make_inputs(
-        student, teacher, student_velocity=spy("student", student), teacher_velocity=spy("teacher", teacher)
-    )
+    inputs = make_inputs(spy("student", student), spy("teacher", teacher))
     DOPSD().accumulate(inputs, lambda loss: loss.backward())
     assert order == [
         (name, grad, t, False) for t in GRID[:-1] for name, grad in (("teacher", False), ("student", True))
@@ -218,8 +214,10 @@ def split(inputs: StepInputs, part: slice, scale: float) -> StepInputs:
     return StepInputs(
         noise=inputs.noise[part], latents=inputs.latents[part], grid=inputs.grid, scale=scale,
         times=None if inputs.times is None else inputs.times[part],
-        student_contexts=inputs.student_contexts[part], teacher_contexts=inputs.teacher_contexts[part],
-        student_velocity=inputs.student_velocity, teacher_velocity=inputs.teacher_velocity,
+        forward=replace(
+            inputs.forward, student_contexts=inputs.forward.student_contexts[part],
+            teacher_contexts=inputs.forward.teacher_contexts[part],
+        ),
     )  # fmt: skip
 
 
@@ -250,7 +248,7 @@ def test_non_finite_loss_names_the_state_after_all_backwards(backward):
     calls = []
     with pytest.raises(NonFiniteLoss, match="state 2 is (inf|nan)") as caught:
         DOPSD("v", "on_policy", backward).accumulate(
-            make_inputs(student, teacher, teacher_velocity=broken), lambda loss: calls.append(loss.backward())
+            make_inputs(student, broken), lambda loss: calls.append(loss.backward())
         )
     assert caught.value.state == 2 and not math.isfinite(caught.value.value)
     assert len(calls) == (4 if backward == "per_state" else 1)  # every rank makes the same collective calls
@@ -270,9 +268,7 @@ def test_low_precision_velocities_give_an_fp32_loss():
         return velocity
 
     kept_s, kept_t = [], []
-    inputs = make_inputs(
-        student, teacher, torch.float32, student_velocity=low(student, kept_s), teacher_velocity=low(teacher, kept_t)
-    )
+    inputs = make_inputs(low(student, kept_s), low(teacher, kept_t), torch.float32)
     report = DOPSD("v").accumulate(inputs, lambda loss: pairs.append(loss.dtype))
     exact = [(s - t).square().mean().item() for s, t in zip(kept_s, kept_t, strict=True)]
     assert report.state_losses == pytest.approx(exact, rel=1e-6)
@@ -281,25 +277,24 @@ def test_low_precision_velocities_give_an_fp32_loss():
 
 def test_missing_inputs_are_one_line():
     student, teacher = Field(0), Field(1)
-    for objective, changes in (
-        (DOPSD(), {"teacher_velocity": None}),
-        (DOPSD(), {"teacher_contexts": []}),
-        (DOPSD("v", "off_policy"), {"latents": None}),
-        (SFT(), {"latents": None, "times": torch.ones(3)}),
-        (SFT(), {"times": None}),
+    for objective, guide, changes in (
+        (DOPSD(), None, {}),
+        (DOPSD("v", "off_policy"), teacher, {"latents": None}),
+        (SFT(), None, {"latents": None, "times": torch.ones(3)}),
+        (SFT(), None, {"times": None}),
     ):
         with pytest.raises(ValueError, match="^objective (dopsd|sft): [^\n]+$"):
-            objective.accumulate(make_inputs(student, teacher, **changes), lambda loss: loss.backward())
+            objective.accumulate(make_inputs(student, guide, **changes), lambda loss: loss.backward())
 
 
 def test_sft_is_flow_matching():
     student = Field(0)
     times = torch.tensor([0.05, 0.5, 0.9], dtype=torch.float64)
-    inputs = make_inputs(student, student, teacher_velocity=None, teacher_contexts=[], times=times)
+    inputs = make_inputs(student, None, times=times)
     report, grads, calls = gradients(SFT(), inputs, student)
     x = torch.stack([(1 - t) * n + t * i for t, n, i in zip(times, inputs.noise, inputs.latents, strict=True)])
     torch.testing.assert_close(report.states[0], x)
-    loss = (student(x, times, inputs.student_contexts) - (inputs.latents - inputs.noise)).square().mean()
+    loss = (student(x, times, inputs.forward.student_contexts) - (inputs.latents - inputs.noise)).square().mean()
     assert report.loss == pytest.approx(loss.item(), rel=1e-12)
     assert report.state_losses == [report.loss] and report.gap == pytest.approx(math.sqrt(report.loss))
     for ours, expected in zip(grads, torch.autograd.grad(loss, list(student.parameters())), strict=True):

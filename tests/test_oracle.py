@@ -135,8 +135,10 @@ def published(family: str, kind: str, weight: str, dtype: torch.dtype):
 class OurStep:
     """Family, Pair and objective on the reference's weights and batch."""
 
-    def __init__(self, family: str, kind: str, objective: DOPSD, dtype: torch.dtype, recompute: bool = False) -> None:
-        settings = Settings(train={"recompute": recompute}, adapter={"kind": kind, "rank": RANK, "alpha": ALPHA})
+    def __init__(self, family: str, kind: str, objective: DOPSD, dtype: torch.dtype, activations: str = "keep",
+                 backbone: str = "auto") -> None:  # fmt: skip
+        settings = Settings(train={"activations": activations}, adapter={"kind": kind, "rank": RANK, "alpha": ALPHA},
+                            backbone=backbone)  # fmt: skip
         self.family = open_family(tiny.shared(family), settings.conditioning)
         self.pair = build_pair(self.family, settings, dtype)
         # The reference keeps PEFT's names; this program's stock names leave the adapter's name out.
@@ -148,13 +150,9 @@ class OurStep:
         (self.student_contexts, self.teacher_contexts), _ = make_contexts(family, dtype)
 
     def backward(self, noise: torch.Tensor):
-        inputs = StepInputs(
-            noise=noise, grid=self.family.train_grid(4, 3.0, tuple(noise.shape[1:])),
-            student_contexts=self.student_contexts, teacher_contexts=self.teacher_contexts,
-            student_velocity=functools.partial(self.pair.student_velocity, self.family),
-            teacher_velocity=functools.partial(self.pair.teacher_velocity, self.family),
-        )  # fmt: skip
         with wide(self.dtype):
+            forward = self.pair.open(self.family, self.student_contexts, self.teacher_contexts, noise.shape)
+            inputs = StepInputs(noise=noise, grid=self.family.train_grid(4, 3.0, tuple(noise.shape[1:])), forward=forward)
             report = self.objective.accumulate(inputs, lambda loss: loss.backward())
         assert all(parameter.grad is None for parameter in self.teacher.values())
         return report
@@ -192,30 +190,38 @@ def compare(family: str, kind: str, weight: str, dtype: torch.dtype, report, gra
 
 
 CASES = [
-    ("float64", "per_state", False), ("float32", "per_state", False), ("float32", "per_state", True),
-    ("float32", "k_graphs", False), ("float32", "k_graphs", True),
+    ("float64", "per_state", "keep", "pair"), ("float32", "per_state", "keep", "pair"),
+    ("float32", "per_state", "selective", "pair"), ("float32", "per_state", "recompute", "pair"),
+    ("float32", "k_graphs", "keep", "pair"), ("float64", "k_graphs", "selective", "pair"),
+    ("float64", "per_state", "recompute", "pair"),
+    ("float64", "per_state", "keep", "diffusers"), ("float32", "k_graphs", "recompute", "diffusers"),
+]  # fmt: skip
+FLUX_CASES = [
+    ("float64", "per_state", "keep", "auto"), ("float32", "per_state", "keep", "auto"),
+    ("float32", "k_graphs", "recompute", "auto"),
 ]  # fmt: skip
 
 
-def check_step(family: str, kind: str, weight: str, dtype: str, backward: str, recompute: bool) -> None:
+def check_step(family: str, kind: str, weight: str, dtype: str, backward: str, activations: str, backbone: str) -> None:
     width = getattr(torch, dtype)
-    ours = OurStep(family, kind, DOPSD(weight, "on_policy", backward), width, recompute)
+    ours = OurStep(family, kind, DOPSD(weight, "on_policy", backward), width, activations, backbone)
+    assert (ours.pair.fused is not None) == (backbone == "pair")
     report = ours.backward(noise_of(family, width))
     compare(family, kind, weight, width, report, ours.gradients())
 
 
-@pytest.mark.parametrize(("dtype", "backward", "recompute"), CASES)
+@pytest.mark.parametrize(("dtype", "backward", "activations", "backbone"), CASES)
 @pytest.mark.parametrize("weight", ["v", "x1", "mu"])
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_step_equals_the_published_one(kind, weight, dtype, backward, recompute):
-    check_step("zimage", kind, weight, dtype, backward, recompute)
+def test_step_equals_the_published_one(kind, weight, dtype, backward, activations, backbone):
+    check_step("zimage", kind, weight, dtype, backward, activations, backbone)
 
 
-@pytest.mark.parametrize(("dtype", "backward", "recompute"), [CASES[0], CASES[1], CASES[4]])
+@pytest.mark.parametrize(("dtype", "backward", "activations", "backbone"), FLUX_CASES)
 @pytest.mark.parametrize("weight", ["v", "x1"])
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_flux2_klein_step_equals_the_published_one(kind, weight, dtype, backward, recompute):
-    check_step("flux2_klein", kind, weight, dtype, backward, recompute)
+def test_flux2_klein_step_equals_the_published_one(kind, weight, dtype, backward, activations, backbone):
+    check_step("flux2_klein", kind, weight, dtype, backward, activations, backbone)
 
 
 def test_published_checkpointing_does_not_change_the_step():

@@ -142,7 +142,7 @@ def test_unknown_field_names_the_nearest(word, near):
         "train.betas=[0.9, 1.0]",
         "train.seed=-1",
         "train.precision=fp16",
-        "train.recompute=yes",
+        "train.activations=yes",
         "method.num_states=0",
         "method.weight=w",
         "method.name=pso",

@@ -136,7 +136,7 @@ def test_a_second_start_in_the_same_folder_is_refused(full):
 
 LIKE_THE_FIRST = {
     "k_graphs": dict(method__backward="k_graphs"),
-    "recompute, accumulation": dict(train__recompute=True, train__accumulation=2, train__batch_size=1),
+    "recompute, accumulation": dict(train__activations="recompute", train__accumulation=2, train__batch_size=1),
     "zero 0": dict(deepspeed__stage=0),
     "zero 3": dict(deepspeed__stage=3),
     "2 ranks, cache off": dict(train__batch_size=1, ranks=2, conditioning__cache="off"),

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -162,7 +163,7 @@ def test_rollout_is_the_pipeline(family, encoders, transformer, pipeline, steps)
     shape = family.latent_shape(32, 48)
     noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(steps))
     grid = family.sample_grid(steps, shape)
-    x = rollout(family, transformer, noise, encoders.student(prompts), grid)
+    x = rollout(partial(family.velocity, transformer, contexts=encoders.student(prompts)), noise, grid)
     call = dict(
         height=32, width=48, num_inference_steps=steps, sigmas=[1 - k / steps for k in range(steps)],
         guidance_scale=0.0, latents=noise, max_sequence_length=64,
@@ -171,7 +172,7 @@ def test_rollout_is_the_pipeline(family, encoders, transformer, pipeline, steps)
     torch.testing.assert_close(x, pipeline(list(prompts), output_type="latent", **call).images, rtol=0, atol=2e-5)
     for ours, theirs in zip(family.decode(family.load_vae(), x), pipeline(list(prompts), **call).images, strict=True):
         assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
-    alone = rollout(family, transformer, noise[:1], encoders.student(prompts[:1]), grid)
+    alone = rollout(partial(family.velocity, transformer, contexts=encoders.student(prompts[:1])), noise[:1], grid)
     theirs = pipeline(prompts[0], **(call | {"latents": noise[:1]})).images[0]
     assert np.array_equal(family.decode(family.load_vae(), alone)[0], theirs)
 
@@ -324,6 +325,7 @@ def test_training_does_not_write_into_the_source(copied):
 
 LOADED = """
 import sys
+from functools import partial
 sys.path.insert(0, sys.argv[1])
 import torch
 from diffusers import ZImageTransformer2DModel

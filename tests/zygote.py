@@ -7,6 +7,7 @@ second instead of eight. The script that `tests/driving.py` speaks to, one JSON 
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
@@ -42,6 +43,7 @@ def serve() -> None:
             pid = os.fork()
             if pid == 0:
                 become(order)
+                atexit.register(gc.unfreeze)  # else what is left over at the end looks leaked to some libraries
                 runpy.run_path(str(TRAIN), run_name="__main__")
                 return
             answer = {"pid": pid}

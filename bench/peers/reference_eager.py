@@ -5,6 +5,8 @@ diffusers schedulers do, takes the losses as differences of predictions (velocit
 of one weighted formula, keeps the graphs of all K student forwards alive, relies on gradient checkpointing for
 memory, and runs the encoders anew in every step. The released code trains LoRA only; `adapter=None` extends the same
 step to full fine-tuning with a second model as teacher.
+
+`STRONGER` makes it faster without any kernel of its own: the peers R2 to R4 of the benchmark.
 """
 
 from __future__ import annotations
@@ -14,15 +16,26 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.peers.real_rope import use_real_rope
+
 ZIMAGE_TARGETS = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0",
                   "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")  # fmt: skip
+
+STRONGER: dict[str, dict[str, Any]] = {
+    "R1": {},
+    "R2": {},
+    "R3": {"compile_blocks": "inductor"},
+    "R4": {"compile_blocks": "inductor", "real_rope": True, "backward": "per_state", "gradient_checkpointing": False},
+}
+"""Options of `ReferenceStep` for each peer. R1, the published step, is called with `step_from_inputs`, the others with
+`step` and conditions computed once. R4 holds one graph at a time, so it needs no checkpointing either."""
 
 
 @dataclass
@@ -97,6 +110,9 @@ class ReferenceStep:
     `model` is a diffusers transformer (it is changed in place). `sigmas`: sigma_0 = 1 ... sigma_K = 0. `weight`: `v`
     compares velocities (paper), `x1` predicted clean latents (released code), `mu` next states (PE-OPSD).
     `ema_dtype=None` averages in the teacher's own dtype, as released.
+
+    Not published, same mathematics: `backward="per_state"` back-propagates each state's loss at once, `compile_blocks`
+    compiles the transformer's blocks with that torch.compile backend, `real_rope` rotates without complex numbers (Z-Image only).
     """
 
     def __init__(
@@ -115,8 +131,14 @@ class ReferenceStep:
         ema_dtype: torch.dtype | None = torch.float32,
         gradient_checkpointing: bool = True,
         encoders: ReferenceEncoders | None = None,
+        backward: Literal["k_graphs", "per_state"] = "k_graphs",
+        compile_blocks: str | None = None,
+        real_rope: bool = False,
     ) -> None:
+        if real_rope:
+            use_real_rope(model)
         self.sigmas = list(sigmas)
+        self.per_state = backward == "per_state"
         self.weight = weight
         self.grad_clip = grad_clip
         self.ema_decay = ema_decay
@@ -133,6 +155,9 @@ class ReferenceStep:
             self._add_adapters(adapter)
         if gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        if compile_blocks:
+            for transformer in filter(None, (self.model, self.teacher)):
+                transformer.compile_repeated_blocks(dynamic=False, backend=compile_blocks)
         self.ema = {name: p.detach().to(ema_dtype or p.dtype, copy=True) for name, p in self.teacher_weights.items()}
         self.optimizer = torch.optim.AdamW(
             self.trainable.values(), lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay
@@ -177,6 +202,7 @@ class ReferenceStep:
         """Forward K states, keep all their graphs, back-propagate once; gradients add up in `.grad`."""
         x = noise
         states, losses = [x], []
+        count = len(self.sigmas) - 1
         for sigma, sigma_next in zip(self.sigmas[:-1], self.sigmas[1:], strict=True):
             prediction = predict_noise_direction(self.model, x, sigma, student)
             target = self.teacher_prediction(x, sigma, teacher)
@@ -191,8 +217,12 @@ class ReferenceStep:
                 raise ValueError(f"weight {self.weight!r} is none of 'v', 'x1', 'mu'")
             x = (x + (sigma_next - sigma) * prediction).detach()
             states.append(x)
+            if self.per_state:
+                (losses[-1] / count).backward()
+                losses[-1] = losses[-1].detach()
         loss = torch.stack(losses).mean()
-        loss.backward()
+        if not self.per_state:
+            loss.backward()
         return StepResult(loss.item(), [value.item() for value in losses], states)
 
     def step(self, noise: Tensor, student: Sequence[Condition], teacher: Sequence[Condition]) -> StepResult:

@@ -15,8 +15,7 @@ from ..conditioning.text import encode_prompt
 from ..conditioning.vlm import check_vlm_folder
 from ..errors import UserError
 from .base import Context, Encoders, Family, model_dtype
-
-CAPTION_MULTIPLE = 32  # diffusers pads caption and image tokens to multiples of this inside the sequence
+from .zimage_pair import PAD_MULTIPLE, ZImagePair
 
 
 class ZImage(Family):
@@ -69,6 +68,9 @@ class ZImage(Family):
         )[0]
         return torch.stack(list(out)).squeeze(2).to(x.dtype)
 
+    def pair_forward(self, modules: dict[str, Any], adapters: dict[str, str], activations: str, attention: str) -> ZImagePair:
+        return ZImagePair(modules, adapters, activations, attention, self._check_tokens)
+
     def student_context(self, encoders: Encoders, prompt: str) -> Context:
         """Equals `ZImagePipeline.encode_prompt` at `max_sequence_length = conditioning.max_text_tokens`."""
         states, mask = encode_prompt(
@@ -105,7 +107,7 @@ class ZImage(Family):
 
     def _check_tokens(self, tokens: int, what: str = "") -> None:
         # Caption ids run from 1 to the padded length and every image token has the id after them.
-        limit = (self._axes_lens[0] - 2) // CAPTION_MULTIPLE * CAPTION_MULTIPLE
+        limit = (self._axes_lens[0] - 2) // PAD_MULTIPLE * PAD_MULTIPLE
         if tokens > limit:
             raise UserError(
                 f"{tokens} caption tokens{what}: the transformer's rotary table takes {limit}; lower "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,8 @@ def sample(family, model: nn.Module, vae: nn.Module, contexts: list[dict[str, Te
     noise = torch.randn((len(contexts), *shape), generator=torch.Generator().manual_seed(SEED))
     out = []
     for i in range(0, len(contexts), 32):
-        latents = rollout(family, model, noise[i : i + 32], contexts[i : i + 32], family.sample_grid(steps, shape))
+        velocity = partial(family.velocity, model, contexts=contexts[i : i + 32])
+        latents = rollout(velocity, noise[i : i + 32], family.sample_grid(steps, shape))
         out += [torch.from_numpy(_array(picture)) for picture in family.decode(vae, latents)]
     return torch.stack(out).permute(0, 3, 1, 2) / 127.5 - 1
 

@@ -1,4 +1,4 @@
-// dopsd_kernels._native: the parts of the optimizer that run on the CPU.
+// dopsd_kernels._native: the module, and ema_update. Row operations: rows.cpp; AdamW: adamw_ema.cpp.
 #include <cstdint>
 #include <string>
 #include <type_traits>
@@ -10,7 +10,12 @@
 #include <omp.h>
 #endif
 
+#include "isa.hpp"
+
 namespace nb = nanobind;
+
+void register_adamw_ema(nb::module_ &m);
+void register_rows(nb::module_ &m);
 
 namespace {
 
@@ -69,5 +74,10 @@ NB_MODULE(_native, m) {
           "ema, param: float32 [n], contiguous, on the CPU (numpy arrays or torch tensors without grad).\n"
           "Computed in float64, rounded once to float32; the same bits for any number of threads (0: OpenMP's own).\n"
           "Releases the GIL. ValueError on a wrong dtype, shape, size or decay.");
-    m.def("max_threads", &max_threads, "Number of threads that ema_update uses by default; 1 when built without OpenMP.");
+    m.def("max_threads", &max_threads, "Threads that the functions use by default (OpenMP's own number); 1 without OpenMP.");
+    m.def("isa", &dopsd::isa_name, "Instruction set in use: \"baseline\", \"avx2\" or \"avx512\".");
+    m.def("use_isa", &dopsd::use_isa, nb::arg("name"),
+          "Use this instruction set from now on (for tests). ValueError where the processor or the build has it not.");
+    register_rows(m);
+    register_adamw_ema(m);
 }

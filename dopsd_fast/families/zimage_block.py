@@ -1,0 +1,397 @@
+"""One Z-Image block for student and teacher at once, as one autograd node that keeps the least it can.
+
+    r1 = x + tanh(gate_before) * RMSNorm(h) * w_before            what the block before left to be added
+    z1 = RMSNorm(r1) * w1 * (1 + scale_attention)
+    q, k, v = z1 Wq^T, z1 Wk^T, z1 Wv^T;  q, k = rope(RMSNorm(q) * wq), rope(RMSNorm(k) * wk)
+    a = attention(q, k, v) Wo^T
+    r2 = r1 + tanh(gate_attention) * RMSNorm(a) * w2
+    z2 = RMSNorm(r2) * w3 * (1 + scale_feed_forward)
+    h' = (silu(z2 W1^T) * (z2 W3^T)) W2^T
+
+(r2, h', gate_feed_forward) go to the next block, so that each residual sum, its norms and the next modulation are one
+pass over memory. Without modulation (the context refiner) the gates are 1 and the scales 0. Tokens are packed `[T, D]`,
+without padding between sequences. Same numbers as diffusers' `ZImageTransformerBlock`.
+
+Of the student's tokens, 13.3 values a token and channel stay for backward: r1, h, q, k, v, attention's output, a, r2 and
+the two halves of the feed-forward layer; what lies between them is made again by the backward kernels. Of the teacher's
+nothing stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from dopsd_kernels.attention import attention_bwd, attention_fwd
+from dopsd_kernels.gated_residual_norm import gated_residual_norm_bwd, gated_residual_norm_fwd
+from dopsd_kernels.pair_linear import pair_linear_bwd, pair_linear_fwd, split_gradients
+from dopsd_kernels.qk_norm_rope import qk_norm_rope_bwd, qk_norm_rope_fwd
+from dopsd_kernels.rmsnorm_modulate import rmsnorm_modulate_bwd, rmsnorm_modulate_fwd
+from dopsd_kernels.sequences import Sequences
+from dopsd_kernels.swiglu import swiglu_bwd, swiglu_fwd
+from torch import Tensor, nn
+
+ACTIVATIONS = ("keep", "selective", "recompute")
+"""What is kept for backward: all of the above; without the feed-forward layer's halves (8 values a token and channel);
+only x and h (2 values)."""
+
+NORMS = ("before", "attention_norm1", "norm_q", "norm_k", "attention_norm2", "ffn_norm1")
+GROUPS = {"qkv": ("to_q", "to_k", "to_v"), "out": ("to_out",), "up": ("w1", "w3"), "down": ("w2",)}
+"""The matrices that share an input, in the order of the block."""
+
+
+class Matrix(NamedTuple):
+    """W `[N, K]`, or W + scale * B A with A `[r, K]`, B `[N, r]`; A and B are empty where there is no adapter."""
+
+    weight: Tensor
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def matrix(linear: nn.Module, adapter: str) -> Matrix:
+    """The parameters themselves, of a `nn.Linear` or of PEFT's layer around one."""
+    base: Any = getattr(linear, "base_layer", linear)
+    if base is linear or adapter not in linear.lora_A:  # type: ignore[operator]
+        nothing = base.weight.new_empty(0)
+        return Matrix(base.weight, nothing, nothing, 0.0)
+    lora: Any = linear
+    return Matrix(base.weight, lora.lora_A[adapter].weight, lora.lora_B[adapter].weight, float(lora.scaling[adapter]))
+
+
+@dataclass
+class Weights:
+    """A branch's parameters of one block. `norms`: by NORMS, None where there is none (no block before, no qk norm)."""
+
+    norms: dict[str, Tensor | None]
+    groups: dict[str, list[Matrix]]
+
+    @staticmethod
+    def of(block: Any, before: Any, adapter: str) -> Weights:
+        attention, forward = block.attention, block.feed_forward
+        norms = {
+            "before": before,
+            "attention_norm1": block.attention_norm1,
+            "norm_q": attention.norm_q,
+            "norm_k": attention.norm_k,
+            "attention_norm2": block.attention_norm2,
+            "ffn_norm1": block.ffn_norm1,
+        }
+        linears = {
+            "qkv": (attention.to_q, attention.to_k, attention.to_v),
+            "out": (attention.to_out[0],),
+            "up": (forward.w1, forward.w3),
+            "down": (forward.w2,),
+        }
+        return Weights(
+            {name: None if norm is None else norm.weight for name, norm in norms.items()},
+            {group: [matrix(linear, adapter) for linear in members] for group, members in linears.items()},
+        )
+
+    def flat(self) -> list[Tensor | None]:
+        return [*self.norms.values(), *(tensor for group in self.groups.values() for m in group for tensor in m[:3])]
+
+    def rebuilt(self, flat: Sequence[Tensor | None]) -> Weights:
+        """The same with other tensors, in the order of `flat`."""
+        values = iter(flat)
+        norms = {name: next(values) for name in self.norms}
+        groups: dict[str, list[Matrix]] = {}
+        for name, group in self.groups.items():
+            groups[name] = [Matrix(next(values), next(values), next(values), m.scale) for m in group]  # type: ignore[arg-type]
+        return Weights(norms, groups)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How a branch's tokens lie: its sequences, and each token's rotation, cos and sin fp32 `[T, head_dim / 2]`."""
+
+    sequences: Sequences
+    cos: Tensor
+    sin: Tensor
+
+
+class Modulation(NamedTuple):
+    """Each `[S, D]`, before 1 + and tanh; None: not modulated."""
+
+    scale_attention: Tensor | None
+    gate_attention: Tensor | None
+    scale_feed_forward: Tensor | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What does not change from block to block of a stack."""
+
+    packed: Packed
+    rider: Packed | None
+    heads: int
+    eps: float
+    qk_eps: float
+    activations: str = "keep"
+    attention: str = "auto"
+
+
+class Side(NamedTuple):
+    """One branch on its way through a block."""
+
+    x: Tensor
+    h: Tensor | None
+    gate: Tensor | None
+    modulation: Modulation
+    packed: Packed
+    weights: Weights
+
+
+class Kept(NamedTuple):
+    """Of the student, for backward, besides x and h. xa: the adapters' inner products, empty without adapters."""
+
+    r1: Tensor
+    rstd_h: Tensor
+    rstd_1: Tensor
+    qkv: Tensor
+    xa_qkv: Tensor
+    attended: Tensor
+    lse: Tensor
+    xa_out: Tensor
+    a: Tensor
+    r2: Tensor
+    rstd_a: Tensor
+    rstd_2: Tensor
+    gu: Tensor
+    xa_up: Tensor
+    xa_down: Tensor
+
+
+def _project(group: str, x: Tensor, x_rider: Tensor | None, ours: Weights, theirs: Weights | None) -> tuple[Tensor, ...]:
+    s, t = ours.groups[group], theirs.groups[group] if theirs is not None else []
+    adapted = any(m.a.numel() for m in (*s, *t))
+    return pair_linear_fwd(
+        x, x_rider, [m.weight for m in s], [m.weight for m in t], [], [],
+        *([[m.a for m in s], [m.b for m in s], [m.a for m in t], [m.b for m in t]] if adapted else [[], [], [], []]),
+        [m.scale for m in s], [m.scale for m in t],
+    )  # fmt: skip
+
+
+def _enter(side: Side, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """r1, z1, and the two norms' statistics."""
+    w, index = side.weights.norms, side.packed.sequences.row_sequence
+    if side.h is None:
+        z, rstd = rmsnorm_modulate_fwd(side.x, w["attention_norm1"], side.modulation.scale_attention, index, eps)
+        return side.x, z, rstd.new_empty(0), rstd
+    return gated_residual_norm_fwd(
+        side.x, side.h, w["before"], side.gate, w["attention_norm1"], side.modulation.scale_attention, index, eps
+    )  # fmt: skip
+
+
+def _rotate(qkv: Tensor, side: Side, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    w, packed = side.weights.norms, side.packed
+    q, k = qk_norm_rope_fwd(qkv, w["norm_q"], w["norm_k"], packed.cos, packed.sin, plan.heads, plan.qk_eps)
+    width = qkv.shape[1] // 3
+    return q, k, qkv[:, 2 * width :].view(len(qkv), plan.heads, width // plan.heads)
+
+
+def _attend(qkv: Tensor, side: Side, plan: Plan) -> tuple[Tensor, Tensor]:
+    q, k, v = _rotate(qkv, side, plan)
+    sequences = side.packed.sequences
+    out, lse = attention_fwd(q, k, v, sequences.starts, list(sequences.lengths), plan.attention)
+    return out.flatten(1), lse
+
+
+def _leave(side: Side, r1: Tensor, a: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """r2, z2, and the two norms' statistics."""
+    w, index = side.weights.norms, side.packed.sequences.row_sequence
+    return gated_residual_norm_fwd(
+        r1, a, w["attention_norm2"], side.modulation.gate_attention, w["ffn_norm1"],
+        side.modulation.scale_feed_forward, index, eps,
+    )  # fmt: skip
+
+
+def _forward(plan: Plan, s: Side, t: Side | None) -> tuple[Kept, Tensor, Tensor | None, Tensor | None]:
+    """What to keep, h' of the student, r2 and h' of the teacher. The pair shares each projection."""
+    theirs = t.weights if t is not None else None
+    r1, z, rstd_h, rstd_1 = _enter(s, plan.eps)
+    r1_t, z_t = _enter(t, plan.eps)[:2] if t is not None else (None, None)
+    qkv, qkv_t, xa_qkv = _project("qkv", z, z_t, s.weights, theirs)
+    attended, lse = _attend(qkv, s, plan)
+    attended_t = _attend(qkv_t, t, plan)[0] if t is not None else None
+    del z, z_t, qkv_t
+    a, a_t, xa_out = _project("out", attended, attended_t, s.weights, theirs)
+    del attended_t
+    r2, z, rstd_a, rstd_2 = _leave(s, r1, a, plan.eps)
+    r2_t, z_t = _leave(t, r1_t, a_t, plan.eps)[:2] if t is not None else (None, None)
+    del r1_t, a_t
+    gu, gu_t, xa_up = _project("up", z, z_t, s.weights, theirs)
+    del z, z_t
+    product_t = swiglu_fwd(gu_t) if t is not None else None
+    del gu_t
+    h, h_t, xa_down = _project("down", swiglu_fwd(gu), product_t, s.weights, theirs)
+    kept = Kept(r1, rstd_h, rstd_1, qkv, xa_qkv, attended, lse, xa_out, a, r2, rstd_a, rstd_2, gu, xa_up, xa_down)
+    return kept, h, r2_t, h_t if t is not None else None
+
+
+class BlockFunction(torch.autograd.Function):
+    """(x, h, gate, modulation, teacher's, the student's parameters) -> (r2, h', teacher's r2, teacher's h').
+
+    `weights` and `teacher` are not seen by autograd; the student's parameters come again as `*parameters`, in the order of
+    `Weights.flat`, and are saved as they are (ZeRO-3 puts their values back before backward)."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, weights: Weights, teacher: Side | None, x: Tensor, h: Tensor | None,
+                gate: Tensor | None, scale_attention: Tensor | None, gate_attention: Tensor | None,
+                scale_feed_forward: Tensor | None, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:  # fmt: skip
+        modulation = Modulation(scale_attention, gate_attention, scale_feed_forward)
+        side = Side(x, h, gate, modulation, plan.packed, weights.rebuilt(parameters))
+        kept, h_next, r2_t, h_t = _forward(plan, side, teacher)
+        if any(ctx.needs_input_grad):
+            ctx.plan, ctx.weights = plan, weights
+            stays: tuple[Tensor | None, ...] = tuple(kept)
+            if plan.activations == "recompute":
+                stays = (None,) * len(kept)
+            elif plan.activations == "selective":
+                stays = tuple(kept._replace(gu=None, xa_up=None, xa_down=None))  # type: ignore[arg-type]
+            # r1 is x itself in a stack's first block.
+            ctx.save_for_backward(x, h, gate, *modulation, *parameters, *stays)
+        ctx.set_materialize_grads(False)
+        r2 = kept.r2
+        if r2_t is not None and h_t is not None:
+            ctx.mark_non_differentiable(r2_t, h_t)
+        return r2, h_next, r2_t, h_t
+
+    @staticmethod
+    def backward(ctx: Any, dr2: Tensor | None, dh_next: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        plan: Plan = ctx.plan
+        count = len(ctx.weights.flat())
+        x, h, gate, *rest = ctx.saved_tensors
+        modulation, parameters = Modulation(*rest[:3]), rest[3 : 3 + count]
+        side = Side(x, h, gate, modulation, plan.packed, ctx.weights.rebuilt(parameters))
+        kept = _restored(plan, side, rest[3 + count :])
+        needs = dict(zip(("x", "h", "gate", *Modulation._fields), ctx.needs_input_grad[3:9]))
+        wanted = ctx.needs_input_grad[9:]
+        return None, None, None, *_backward(plan, side, kept, dr2, dh_next, needs, wanted)
+
+
+def _restored(plan: Plan, side: Side, saved: Sequence[Tensor | None]) -> Kept:
+    if plan.activations == "recompute":
+        return _forward(plan, side, None)[0]
+    kept = Kept(*saved)  # type: ignore[arg-type]
+    if plan.activations == "selective":
+        w, index = side.weights.norms, plan.packed.sequences.row_sequence
+        scale = side.modulation.scale_feed_forward
+        z, _ = rmsnorm_modulate_fwd(kept.r2, w["ffn_norm1"], scale, index, plan.eps)
+        gu, _, xa_up = _project("up", z, None, side.weights, None)
+        down = side.weights.groups["down"]
+        xa_down = gu.new_empty(0)
+        if any(m.a.numel() for m in down):
+            product = swiglu_fwd(gu)
+            xa_down = torch.cat([product @ m.a.t() for m in down if m.a.numel()], dim=1)
+        kept = kept._replace(gu=gu, xa_up=xa_up, xa_down=xa_down)
+    return kept
+
+
+def _backward(
+    plan: Plan, side: Side, kept: Kept, dr2: Tensor | None, dh: Tensor | None, needs: dict[str, bool], wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (x, h, gate, the modulation's three, the parameters in `Weights.flat`'s order)."""
+    weights, sequences, eps = side.weights, plan.packed.sequences, plan.eps
+    index, chunks = sequences.row_sequence, sequences.chunks
+    flags = weights.rebuilt(wanted)  # type: ignore[arg-type]
+    norm_grads: dict[str, Tensor | None] = dict.fromkeys(NORMS)
+    norm_wanted = any(bool(flag) for flag in flags.norms.values())
+    modulated = any(needs[name] for name in ("gate", *Modulation._fields))
+    group_grads: dict[str, list[Tensor | None]] = {}
+    if dh is None:
+        dh = torch.zeros_like(kept.r2)
+
+    def into(group: str, dy: list[Tensor], like: Tensor) -> Tensor:
+        """The gradient of the group's input, which is not there yet but has the shape of `like`."""
+        return pair_linear_bwd(dy, like, *_split(weights.groups[group]), like, True, False, False, False)[0]
+
+    def onto(group: str, dy: list[Tensor], x: Tensor, xa: Tensor) -> None:
+        group_grads[group] = _weight_gradients(weights.groups[group], flags.groups[group], dy, x, xa)
+
+    half = kept.gu.shape[1] // 2
+    ds = into("down", [dh], kept.gu[:, :half])
+    dgu, product = swiglu_bwd(ds, kept.gu, True)
+    del ds
+    onto("down", [dh], product, kept.xa_down)
+    del product
+    dup = [dgu[:, :half], dgu[:, half:]]
+    dz = into("up", dup, kept.r2)
+    dr1, da, norm2, dgate_attention, ffn1, dscale_forward, z = gated_residual_norm_bwd(
+        dr2, dz, kept.a, kept.r2, weights.norms["attention_norm2"], side.modulation.gate_attention,
+        weights.norms["ffn_norm1"], side.modulation.scale_feed_forward, kept.rstd_a, kept.rstd_2, index, chunks,
+        norm_wanted, modulated, True,
+    )  # fmt: skip
+    norm_grads |= {"attention_norm2": norm2, "ffn_norm1": ffn1}
+    onto("up", dup, z, kept.xa_up)
+    del dgu, dup, dz, z
+
+    dattended = into("out", [da], kept.attended)
+    onto("out", [da], kept.attended, kept.xa_out)
+    del da
+    q, k, v = _rotate(kept.qkv, side, plan)
+    dq, dk, dv = attention_bwd(
+        dattended.view_as(q), q, k, v, kept.attended.view_as(q), kept.lse, sequences.starts, list(sequences.lengths),
+        plan.attention,
+    )  # fmt: skip
+    del q, k, v, dattended
+    dqk, norm_grads["norm_q"], norm_grads["norm_k"] = qk_norm_rope_bwd(
+        dq, dk, kept.qkv, weights.norms["norm_q"], weights.norms["norm_k"], plan.packed.cos, plan.packed.sin,
+        plan.heads, plan.qk_eps, norm_wanted,
+    )  # fmt: skip
+    del dq, dk
+    width = dqk.shape[1] // 2
+    dqkv = [dqk[:, :width], dqk[:, width:], dv.flatten(1)]
+    dz = into("qkv", dqkv, kept.r1)
+    scale = side.modulation.scale_attention
+    dh_before: Tensor | None = None
+    dgate: Tensor | None = None
+    if side.h is None:
+        dx, norm1, dscale, z = rmsnorm_modulate_bwd(
+            dz, side.x, weights.norms["attention_norm1"], scale, kept.rstd_1, index, chunks, norm_wanted, modulated, True
+        )  # fmt: skip
+        dx = dx.add_(dr1)
+    else:
+        dx, dh_before, norm_grads["before"], dgate, norm1, dscale, z = gated_residual_norm_bwd(
+            dr1, dz, side.h, kept.r1, weights.norms["before"], side.gate, weights.norms["attention_norm1"], scale,
+            kept.rstd_h, kept.rstd_1, index, chunks, norm_wanted, modulated, True,
+        )  # fmt: skip
+    norm_grads["attention_norm1"] = norm1
+    onto("qkv", dqkv, z, kept.xa_qkv)
+
+    def cast(grad: Tensor | None, like: Tensor | None, wish: bool) -> Tensor | None:
+        return grad.to(like.dtype) if wish and grad is not None and like is not None else None
+
+    inputs = (dx, dh_before, dgate, dscale, dgate_attention, dscale_forward)
+    sources = (side.x, side.h, side.gate, *side.modulation)
+    norms = [cast(norm_grads[n], weights.norms[n], bool(flags.norms[n])) for n in NORMS]
+    return (
+        *(cast(g, like, wish) for g, like, wish in zip(inputs, sources, needs.values())),
+        *norms,
+        *(grad for group in GROUPS for grad in group_grads[group]),
+    )
+
+
+def _split(members: list[Matrix]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]:
+    adapted = any(m.a.numel() for m in members)
+    adapters = ([m.a for m in members], [m.b for m in members]) if adapted else ([], [])
+    return [m.weight for m in members], *adapters, [m.scale for m in members]
+
+
+def _weight_gradients(
+    members: list[Matrix], flags: list[Matrix], dy: list[Tensor], x: Tensor, xa: Tensor
+) -> list[Tensor | None]:
+    """(dW, dA, dB) of each member, one after the other; None where not wanted."""
+    need_w, need_lora = any(f.weight for f in flags), any(f.a or f.b for f in flags)
+    grads: list[Tensor | None] = [None] * (3 * len(members))
+    if not need_w and not need_lora:
+        return grads
+    flat = pair_linear_bwd(dy, x, *_split(members), xa, False, need_w, False, need_lora)
+    _, dw, _, da, db = split_gradients(flat, len(members), False, need_w, False, need_lora)
+    for j, (kind, wanted) in enumerate(((dw, need_w), (da, need_lora), (db, need_lora))):
+        for i, grad in enumerate(kind if wanted else ()):
+            if flags[i][j] and members[i][j].numel():
+                grads[3 * i + j] = grad
+    return grads
