@@ -16,7 +16,7 @@ endif
 help:
 	@echo "make demo    train the embedded pipeline end to end and show what it learned (no GPU needed)"
 	@echo "make test    run the tests (no GPU needed)"
-	@echo "make bench   measure against the published step and its stronger variants, into bench/results/ (no GPU needed)"
+	@echo "make bench   measure against the published step and its stronger variants, into runs/bench (no GPU needed)"
 	@echo "make check   ruff and mypy"
 	@echo "make nano    build the embedded pipeline anew (an hour or two on 2 cores; resumes)"
 	@echo "make clean   remove the environment and what was built"
@@ -29,7 +29,7 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 bench: install
-	$(BIN)/python bench/run.py --out bench/results/here
+	$(BIN)/python bench/run.py --out runs/bench
 
 check: install
 	$(BIN)/ruff check .

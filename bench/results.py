@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -57,7 +57,14 @@ class Options:
 # ---- the clock -------------------------------------------------------------------------------------------------------
 
 
-def summary(values: Sequence[float]) -> dict[str, float | int]:
+class Summary(TypedDict):
+    value: float
+    p20: float
+    p80: float
+    n: int
+
+
+def summary(values: Sequence[float]) -> Summary:
     """Median, 20th and 80th percentile (linear between neighbours) and count, named as in `Row`."""
     if len(values) == 1:
         return {"value": values[0], "p20": values[0], "p80": values[0], "n": 1}

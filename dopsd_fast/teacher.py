@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dopsd_fast.errors import UserError
+from dopsd_fast.gradient_sums import GradientSums
 from dopsd_fast.objective import Forward, TwoCalls
 
 if TYPE_CHECKING:
@@ -136,7 +137,8 @@ class FusedForward:
     branch) carries gradient.
 
     What the states share, the refined captions, is computed here, once, and given to each state without its graph; the
-    states' gradients for it are summed (fp32) and `finish` back-propagates them once."""
+    states' gradients for it are summed (fp32) and `finish` back-propagates them once. So are the gradients of the blocks'
+    parameters, except under ZeRO-3."""
 
     def __init__(self, pair: Pair, branches: dict[str, Sequence[Context]], shape: Sequence[int]) -> None:
         self.pair = pair
@@ -150,20 +152,27 @@ class FusedForward:
         if self.shared[0].requires_grad:
             self.given[0].requires_grad_()
             self.given[0].grad_dtype = torch.promote_types(self.dtype, torch.float32)
+        self.sums = None
+        if torch.is_grad_enabled() and not hasattr(weight, "ds_id"):
+            self.sums = GradientSums(fused.summed_parameters(self.names[0]))
 
     def __call__(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
         v = self.pair(x.to(self.dtype), t, call=self._state)
         return v[0], v[1] if len(v) > 1 else None
 
     def _state(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        return self.pair.fused(x, t, self.names, self.given, self.layouts)
+        return self.pair.fused(x, t, self.names, self.given, self.layouts, self.sums)
 
     def finish(self, backward: Callable[[Tensor], object]) -> None:
+        shared = None
         gradient = self.given[0].grad
         if gradient is not None:
-            # The gradient of this sum is `gradient`.
-            backward((self.shared[0] * gradient.to(self.dtype)).sum())
+            shared = (self.shared[0] * gradient.to(self.dtype)).sum()  # whose gradient is `gradient`
             self.given[0].grad = None
+        sums = self.sums.delivery() if self.sums is not None else None
+        rest = [part for part in (shared, sums) if part is not None]
+        if rest:
+            backward(sum(rest[1:], rest[0]))
 
 
 def build_pair(family: Family, settings: Settings, dtype: torch.dtype) -> Pair:

@@ -4,9 +4,9 @@ The rule (STYLE.md): with diffusers' model in float64 as oracle, the error (norm
 pair forward in a dtype is at most twice that of diffusers' model in the same dtype, plus FLOOR units of that dtype's
 roundoff, because a reference may be right by luck: a velocity passes through some ten roundings a block. A single gradient
 is right by luck more often: it is a sum with much cancellation (over 16 seeds and all adapters the two programs' errors
-have the ratio 1.1 in the geometric mean, and anything from 0.2 to 6 one by one). So the rule holds for the root mean square
-of a case's gradient errors, and each gradient is held against the worst of the reference's. In float64 the reference's
-error is that in float32, 2^29 times smaller.
+have the ratio 1.1 in the geometric mean, and anything from 0.2 to 6.6 one by one). So the rule holds for the root mean square
+of a case's gradient errors, and each gradient is only held to LUCK times the worst of the reference's. In float64 the
+reference's error is that in float32, 2^29 times smaller: there a wrong term of one part in 10^13 would be seen.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tests import tiny
 from tests.test_oracle import wide
 
 FLOOR = 16
+LUCK = 7
 TARGETS = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0", "feed_forward.w1", "feed_forward.w2",
            "feed_forward.w3")  # fmt: skip
 EVERYWHERE = (*TARGETS, "layers.0.adaLN_modulation.0", "2-1.adaLN_modulation.1", "mlp.0", "mlp.2", "cap_embedder.1", "all_final_layer.2-1.linear", "all_x_embedder.2-1")
@@ -93,7 +94,8 @@ def models(case: Case, dtype: torch.dtype) -> dict:
         both = {STUDENT: student, TEACHER: build(case.seed + 100)}
     else:
         student.requires_grad_(False)
-        targets = [t for t in case.targets if any(n.endswith(t) for n, m in student.named_modules() if isinstance(m, torch.nn.Linear))]
+        linears = [name for name, module in student.named_modules() if isinstance(module, torch.nn.Linear)]
+        targets = [target for target in case.targets if any(name.endswith(target) for name in linears)]
         add_adapters(student, targets, 3, 6.0, 0, [STUDENT, TEACHER])
         for i, (name, parameter) in enumerate(student.named_parameters()):
             if "lora_" in name:
@@ -178,7 +180,7 @@ def test_velocities_and_gradients_equal_diffusers(case: Case):
     own = {name: scale * error(eager[name], oracle) for name, oracle in exact.items()}
     worst = max(own[name] for name in own if name not in (STUDENT, TEACHER))
     for name, value in found.items():
-        limit = 2 * (own[name] if name in (STUDENT, TEACHER) else worst) + FLOOR * roundoff
+        limit = (2 * own[name] if name in (STUDENT, TEACHER) else LUCK * worst) + FLOOR * roundoff
         assert value <= limit, f"{name}: error {value:.2e}, limit {limit:.2e}"
     assert mean_square(found) <= 2 * mean_square(own) + FLOOR * roundoff
 

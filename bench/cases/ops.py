@@ -75,7 +75,10 @@ def run(options: Options) -> list[Row]:
     cuda = options.device.type == "cuda"
     size = TINY if options.quick else ZIMAGE if cuda else NANO
     rows = []
-    for op in ops(size, options.device, torch.bfloat16 if cuda else torch.float32):
+    found = ops(size, options.device, torch.bfloat16 if cuda else torch.float32)
+    if cuda and torch.cuda.get_device_capability(options.device) >= (8, 9):
+        found.append(fp8(size, options.device))
+    for op in found:
         rows += [*speed(op, options), *errors(op)]
     return rows
 
@@ -116,6 +119,16 @@ def ops(size: Size, device: torch.device, dtype: torch.dtype) -> list[Op]:
             for kind, matrices in (("lora", _lora(draw, size)), ("full", _full(draw, size)))
         ),
     ]  # fmt: skip
+
+
+def fp8(size: Size, device: torch.device) -> Op:
+    """A frozen feed-forward matrix in float8 against the same in bf16; its errors are those of the quantisation."""
+    from dopsd_kernels.fp8_linear import Fp8Weight, fp8_linear
+
+    x = torch.randn(size.sequences * size.length, size.width, device=device, dtype=torch.bfloat16).requires_grad_()
+    weight = (torch.randn(size.hidden, size.width, device=device) * size.width**-0.5).bfloat16()
+    quantised = Fp8Weight(weight)
+    return Op("fp8_linear", lambda x: fp8_linear(x, quantised), lambda x: F.linear(x, weight.to(x)), (x,))
 
 
 def _divergence(step: Callable[..., Any], v_s: Tensor, v_t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

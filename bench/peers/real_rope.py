@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 
@@ -53,7 +53,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
 
 
-def use_real_rope(model: nn.Module) -> None:
+def use_real_rope(model: Any) -> None:
     """Changes a diffusers ZImageTransformer2DModel in place; its numbers stay the same but for rounding."""
     if not isinstance(model.rope_embedder, RealAngles):
         model.rope_embedder = RealAngles(model.rope_embedder)

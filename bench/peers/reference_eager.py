@@ -112,7 +112,8 @@ class ReferenceStep:
     `ema_dtype=None` averages in the teacher's own dtype, as released.
 
     Not published, same mathematics: `backward="per_state"` back-propagates each state's loss at once, `compile_blocks`
-    compiles the transformer's blocks with that torch.compile backend, `real_rope` rotates without complex numbers (Z-Image only).
+    compiles the transformer's blocks with that torch.compile backend, `real_rope` rotates without complex numbers
+    (Z-Image only).
     """
 
     def __init__(

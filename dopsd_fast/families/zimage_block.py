@@ -24,14 +24,23 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from dopsd_kernels.attention import attention_bwd, attention_fwd
-from dopsd_kernels.gated_residual_norm import gated_residual_norm_bwd, gated_residual_norm_fwd
-from dopsd_kernels.pair_linear import pair_linear_bwd, pair_linear_fwd, split_gradients
-from dopsd_kernels.qk_norm_rope import qk_norm_rope_bwd, qk_norm_rope_fwd
-from dopsd_kernels.rmsnorm_modulate import rmsnorm_modulate_bwd, rmsnorm_modulate_fwd
+from dopsd_kernels import attention, gated_residual_norm, pair_linear, qk_norm_rope, rmsnorm_modulate, swiglu
+from dopsd_kernels.backend import direct
+from dopsd_kernels.pair_linear_accumulate import pair_linear_accumulate as accumulate_op
 from dopsd_kernels.sequences import Sequences
-from dopsd_kernels.swiglu import swiglu_bwd, swiglu_fwd
 from torch import Tensor, nn
+
+from dopsd_fast.gradient_sums import GradientSums
+
+attention_fwd, attention_bwd = direct(attention.attention_fwd), direct(attention.attention_bwd)
+gated_residual_norm_fwd = direct(gated_residual_norm.gated_residual_norm_fwd)
+gated_residual_norm_bwd = direct(gated_residual_norm.gated_residual_norm_bwd)
+pair_linear_fwd, pair_linear_bwd = direct(pair_linear.pair_linear_fwd), direct(pair_linear.pair_linear_bwd)
+pair_linear_through, pair_linear_accumulate = direct(pair_linear.pair_linear_through), direct(accumulate_op)
+qk_norm_rope_fwd, qk_norm_rope_bwd = direct(qk_norm_rope.qk_norm_rope_fwd), direct(qk_norm_rope.qk_norm_rope_bwd)
+rmsnorm_modulate_fwd = direct(rmsnorm_modulate.rmsnorm_modulate_fwd)
+rmsnorm_modulate_bwd = direct(rmsnorm_modulate.rmsnorm_modulate_bwd)
+swiglu_fwd, swiglu_bwd = direct(swiglu.swiglu_fwd), direct(swiglu.swiglu_bwd)
 
 ACTIVATIONS = ("keep", "selective", "recompute")
 """What is kept for backward: all of the above; without the feed-forward layer's halves (8 values a token and channel);
@@ -49,6 +58,10 @@ class Matrix(NamedTuple):
     a: Tensor
     b: Tensor
     scale: float
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.weight, self.a, self.b
 
 
 def matrix(linear: nn.Module, adapter: str) -> Matrix:
@@ -91,7 +104,7 @@ class Weights:
         )
 
     def flat(self) -> list[Tensor | None]:
-        return [*self.norms.values(), *(tensor for group in self.groups.values() for m in group for tensor in m[:3])]
+        return [*self.norms.values(), *(tensor for group in self.groups.values() for m in group for tensor in m.parts)]
 
     def rebuilt(self, flat: Sequence[Tensor | None]) -> Weights:
         """The same with other tensors, in the order of `flat`."""
@@ -131,6 +144,8 @@ class Plan:
     qk_eps: float
     activations: str = "keep"
     attention: str = "auto"
+    sums: GradientSums | None = None
+    """Where the parameters' gradients go; None: to autograd."""
 
 
 class Side(NamedTuple):
@@ -304,39 +319,46 @@ def _backward(
     if dh is None:
         dh = torch.zeros_like(kept.r2)
 
-    def into(group: str, dy: list[Tensor], like: Tensor) -> Tensor:
-        """The gradient of the group's input, which is not there yet but has the shape of `like`."""
-        return pair_linear_bwd(dy, like, *_split(weights.groups[group]), like, True, False, False, False)[0]
+    def into(group: str, dy: list[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the group's input, which is not there yet but has the shape of `like`; the adapters' part of it."""
+        w, a, b, scales = _split(weights.groups[group])
+        q = pair_linear_through(dy, b, scales) if a else like.new_empty(0)
+        return pair_linear_bwd(dy, like, w, a, b, scales, like, True, False, False, False, q if a else None)[0], q
 
-    def onto(group: str, dy: list[Tensor], x: Tensor, xa: Tensor) -> None:
-        group_grads[group] = _weight_gradients(weights.groups[group], flags.groups[group], dy, x, xa)
+    def onto(group: str, dy: list[Tensor], x: Tensor, xa: Tensor, q: Tensor) -> None:
+        members, wanted = weights.groups[group], flags.groups[group]
+        if plan.sums is None:
+            group_grads[group] = _weight_gradients(members, wanted, dy, x, xa, q)
+            return
+        group_grads[group] = [None] * (3 * len(members))
+        _accumulate(plan.sums, members, dy, x, xa, q)
 
     half = kept.gu.shape[1] // 2
-    ds = into("down", [dh], kept.gu[:, :half])
+    ds, q = into("down", [dh], kept.gu[:, :half])
     dgu, product = swiglu_bwd(ds, kept.gu, True)
     del ds
-    onto("down", [dh], product, kept.xa_down)
+    onto("down", [dh], product, kept.xa_down, q)
     del product
     dup = [dgu[:, :half], dgu[:, half:]]
-    dz = into("up", dup, kept.r2)
+    dz, q = into("up", dup, kept.r2)
     dr1, da, norm2, dgate_attention, ffn1, dscale_forward, z = gated_residual_norm_bwd(
         dr2, dz, kept.a, kept.r2, weights.norms["attention_norm2"], side.modulation.gate_attention,
         weights.norms["ffn_norm1"], side.modulation.scale_feed_forward, kept.rstd_a, kept.rstd_2, index, chunks,
         norm_wanted, modulated, True,
     )  # fmt: skip
     norm_grads |= {"attention_norm2": norm2, "ffn_norm1": ffn1}
-    onto("up", dup, z, kept.xa_up)
+    onto("up", dup, z, kept.xa_up, q)
     del dgu, dup, dz, z
 
-    dattended = into("out", [da], kept.attended)
-    onto("out", [da], kept.attended, kept.xa_out)
+    dattended, q = into("out", [da], kept.attended)
+    onto("out", [da], kept.attended, kept.xa_out, q)
     del da
-    q, k, v = _rotate(kept.qkv, side, plan)
+    query, key, value = _rotate(kept.qkv, side, plan)
     dq, dk, dv = attention_bwd(
-        dattended.view_as(q), q, k, v, kept.attended.view_as(q), kept.lse, sequences.starts, list(sequences.lengths),
-        plan.attention,
+        dattended.view_as(query), query, key, value, kept.attended.view_as(query), kept.lse, sequences.starts,
+        list(sequences.lengths), plan.attention,
     )  # fmt: skip
-    del q, k, v, dattended
+    del query, key, value, dattended
     dqk, norm_grads["norm_q"], norm_grads["norm_k"] = qk_norm_rope_bwd(
         dq, dk, kept.qkv, weights.norms["norm_q"], weights.norms["norm_k"], plan.packed.cos, plan.packed.sin,
         plan.heads, plan.qk_eps, norm_wanted,
@@ -344,7 +366,7 @@ def _backward(
     del dq, dk
     width = dqk.shape[1] // 2
     dqkv = [dqk[:, :width], dqk[:, width:], dv.flatten(1)]
-    dz = into("qkv", dqkv, kept.r1)
+    dz, q = into("qkv", dqkv, kept.r1)
     scale = side.modulation.scale_attention
     dh_before: Tensor | None = None
     dgate: Tensor | None = None
@@ -359,13 +381,17 @@ def _backward(
             kept.rstd_h, kept.rstd_1, index, chunks, norm_wanted, modulated, True,
         )  # fmt: skip
     norm_grads["attention_norm1"] = norm1
-    onto("qkv", dqkv, z, kept.xa_qkv)
+    onto("qkv", dqkv, z, kept.xa_qkv, q)
 
     def cast(grad: Tensor | None, like: Tensor | None, wish: bool) -> Tensor | None:
         return grad.to(like.dtype) if wish and grad is not None and like is not None else None
 
     inputs = (dx, dh_before, dgate, dscale, dgate_attention, dscale_forward)
     sources = (side.x, side.h, side.gate, *side.modulation)
+    if plan.sums is not None:
+        given = ((weights.norms[name], norm_grads[name]) for name in NORMS)
+        plan.sums.add([(weight, grad) for weight, grad in given if grad is not None and weight in plan.sums])
+        norm_grads = dict.fromkeys(NORMS)
     norms = [cast(norm_grads[n], weights.norms[n], bool(flags.norms[n])) for n in NORMS]
     return (
         *(cast(g, like, wish) for g, like, wish in zip(inputs, sources, needs.values())),
@@ -381,17 +407,28 @@ def _split(members: list[Matrix]) -> tuple[list[Tensor], list[Tensor], list[Tens
 
 
 def _weight_gradients(
-    members: list[Matrix], flags: list[Matrix], dy: list[Tensor], x: Tensor, xa: Tensor
+    members: list[Matrix], flags: list[Matrix], dy: list[Tensor], x: Tensor, xa: Tensor, q: Tensor
 ) -> list[Tensor | None]:
     """(dW, dA, dB) of each member, one after the other; None where not wanted."""
     need_w, need_lora = any(f.weight for f in flags), any(f.a or f.b for f in flags)
     grads: list[Tensor | None] = [None] * (3 * len(members))
     if not need_w and not need_lora:
         return grads
-    flat = pair_linear_bwd(dy, x, *_split(members), xa, False, need_w, False, need_lora)
-    _, dw, _, da, db = split_gradients(flat, len(members), False, need_w, False, need_lora)
+    flat = pair_linear_bwd(dy, x, *_split(members), xa, False, need_w, False, need_lora, q if q.numel() else None)
+    _, dw, _, da, db = pair_linear.split_gradients(flat, len(members), False, need_w, False, need_lora)
     for j, (kind, wanted) in enumerate(((dw, need_w), (da, need_lora), (db, need_lora))):
         for i, grad in enumerate(kind if wanted else ()):
-            if flags[i][j] and members[i][j].numel():
+            if flags[i][j] and members[i].parts[j].numel():
                 grads[3 * i + j] = grad
     return grads
+
+
+def _accumulate(
+    sums: GradientSums, members: list[Matrix], dy: list[Tensor], x: Tensor, xa: Tensor, q: Tensor
+) -> None:
+    w = [sums.of(m.weight) for m in members if m.weight in sums]
+    nothing = q.new_empty(0)
+    a, b = ([sums.of(part) if part in sums else nothing for part in parts] for parts in zip(*((m.a, m.b) for m in members)))
+    adapted = any(part.numel() for part in a)
+    if w or adapted:
+        pair_linear_accumulate(w, a if adapted else [], b if adapted else [], dy, x, [m.scale for m in members], xa, q)

@@ -20,6 +20,8 @@ from dopsd_kernels.layernorm_modulate import layernorm_modulate
 from dopsd_kernels.sequences import Sequences
 from torch import Tensor, nn
 
+from dopsd_fast.gradient_sums import GradientSums
+
 from .zimage_block import BlockFunction, Modulation, Packed, Plan, Side, Weights
 
 PAD_MULTIPLE = 32  # diffusers' SEQ_MULTI_OF
@@ -131,19 +133,19 @@ class Block(Unit):
                 if c is not None and c_t is None and self.shared(first, branches[1], "modulation"):
                     modulation_t = Modulation(*(None if m is None else m.detach() for m in modulation))
                     gate_next_t = None if gate_next is None else gate_next.detach()
-                    weights_t = self._weights(branches[1])
+                    weights_t = self.weights_of(branches[1])
                 else:
                     weights_t, modulation_t, gate_next_t = self._branch(branches[1], c if c_t is None else c_t)
             teacher = Side(x_t, h_t, gate_t, modulation_t, plan.rider, weights_t)
         r2, h2, r2_t, h2_t = BlockFunction.apply(plan, weights, teacher, x, h, gate, *modulation, *weights.flat())
         return r2, h2, gate_next, r2_t, h2_t, gate_next_t
 
-    def _weights(self, branch: Branch) -> Weights:
+    def weights_of(self, branch: Branch) -> Weights:
         before = self.part(branch, "before") if "before" in self.names else None
         return Weights.of(self.part(branch, "block"), before, self.adapters[branch])
 
     def _branch(self, branch: Branch, c: Tensor | None) -> tuple[Weights, Modulation, Tensor | None]:
-        weights = self._weights(branch)
+        weights = self.weights_of(branch)
         if c is None:
             return weights, Modulation(None, None, None), None
         values = self.apply_part(branch, "modulation", c)
@@ -220,6 +222,14 @@ class ZImagePair(nn.Module):
     def describe(self) -> dict[str, Any]:
         return {"activations": self.activations, "attention": self.attention}
 
+    def summed_parameters(self, branch: Branch) -> list[Tensor]:
+        """The blocks' own parameters, whose gradients `forward` can put into `sums`."""
+        found: dict[int, Tensor] = {}
+        for block in (*self.noise_refiner, *self.layers):
+            flat = block.weights_of(branch).flat()
+            found |= {id(parameter): parameter for parameter in flat if isinstance(parameter, nn.Parameter)}
+        return list(found.values())
+
     @property
     def units(self) -> list[type[nn.Module]]:
         """What ZeRO-3 has to gather as a whole: the functions inside use the parameters themselves."""
@@ -230,13 +240,13 @@ class ZImagePair(nn.Module):
     def captions_of(self, branches: Sequence[Branch], contexts: Sequence[Sequence[Context]], layouts: Sequence[Layout],
                     dtype: torch.dtype) -> list[Tensor]:  # fmt: skip
         """Refined caption tokens of each branch; they depend on neither the time nor the latents."""
-        out = []
+        out: list[Tensor] = []
         for i, (branch, ours, layout) in enumerate(zip(branches, contexts, layouts)):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i == 0):
                 device = layout.joint.cos.device
                 features = torch.cat([context["text"].to(device, dtype) for context in ours])
                 tokens = self.captions(branch, self._traced(features), [len(context["text"]) for context in ours])
-                out.append(self._stack(self.context_refiner, self.context_close, [branch], [tokens], [None], [layout.caption])[0])
+                out += self._stack(self.context_refiner, self.context_close, [branch], [tokens], [None], [layout.caption])
         return out
 
     def layout(self, contexts: Sequence[Context], height: int, width: int, device: torch.device) -> Layout:
@@ -268,15 +278,16 @@ class ZImagePair(nn.Module):
 
     # ---- once per state ----------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, t: Tensor, branches: Sequence[Branch], captions: Sequence[Tensor],
-                layouts: Sequence[Layout]) -> tuple[Tensor, ...]:  # fmt: skip
-        """v `[B, C, h, w]` of each branch at x `[B, C, h, w]` (the model's dtype), t `[B]`; only the first carries gradient."""
+    def forward(self, x: Tensor, t: Tensor, branches: Sequence[Branch], captions: Sequence[Tensor], layouts: Sequence[Layout],
+                sums: GradientSums | None = None) -> tuple[Tensor, ...]:  # fmt: skip
+        """v `[B, C, h, w]` of each branch at x `[B, C, h, w]` (the model's dtype), t `[B]`; only the first carries gradient.
+        sums: takes the gradients of the blocks' parameters."""
         entered = self.entry(self._traced(x), t.float(), branches, self.config.t_scale)
         tokens = [entered[0] if one is None else one for one in entered[0::2]]
         times = entered[1::2]
-        images = self._stack(self.noise_refiner, self.noise_close, branches, tokens, times, [one.image for one in layouts])
+        images = self._stack(self.noise_refiner, self.noise_close, branches, tokens, times, [one.image for one in layouts], sums)
         joint = [self._join(*parts) for parts in zip(images, captions, layouts)]
-        state = self._blocks(self.layers, branches, joint, times, [one.joint for one in layouts])
+        state = self._blocks(self.layers, branches, joint, times, [one.joint for one in layouts], sums)
         velocities = []
         for i, (branch, layout, c) in enumerate(zip(branches, layouts, times)):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i == 0):
@@ -287,10 +298,10 @@ class ZImagePair(nn.Module):
         return tuple(velocities)
 
     def _blocks(self, blocks: nn.ModuleList, branches: Sequence[Branch], tokens: Sequence[Tensor],
-                times: Sequence[Tensor | None], packed: Sequence[Packed]) -> list[Any]:  # fmt: skip
+                times: Sequence[Tensor | None], packed: Sequence[Packed], sums: GradientSums | None) -> list[Any]:  # fmt: skip
         """(x, h, gate) of each branch after the blocks; h and gate are None where there is no block."""
         plan = Plan(packed[0], packed[1] if len(packed) > 1 else None, self.config.n_heads, self.config.norm_eps,
-                    QK_EPS, self.activations, self.attention)  # fmt: skip
+                    QK_EPS, self.activations, self.attention, sums)  # fmt: skip
         state: list[Any] = [self._traced(tokens[0]), None, None]
         if len(branches) > 1:
             state += [tokens[1], None, None]
@@ -308,8 +319,8 @@ class ZImagePair(nn.Module):
         return x
 
     def _stack(self, blocks: nn.ModuleList, close: Close, branches: Sequence[Branch], tokens: Sequence[Tensor],
-               times: Sequence[Tensor | None], packed: Sequence[Packed]) -> list[Tensor]:  # fmt: skip
-        state = self._blocks(blocks, branches, tokens, times, packed)
+               times: Sequence[Tensor | None], packed: Sequence[Packed], sums: GradientSums | None = None) -> list[Tensor]:  # fmt: skip
+        state = self._blocks(blocks, branches, tokens, times, packed, sums)
         if not len(blocks):
             return list(tokens)
         out = []

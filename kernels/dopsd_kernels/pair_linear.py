@@ -137,23 +137,23 @@ def _check_gradients(dy: Sequence[Tensor], widths: Sequence[int], x: Tensor) -> 
             raise ValueError(f"pair_linear: dy {g} has stride {gradient.stride(-1)} in its last dimension, needs 1")
 
 
-def _slices(buffer: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+def slices(buffer: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """Column slices of the given widths: views that a GEMM reads and writes in place through its leading dimension."""
     if len(sizes) == 1:
         return [buffer]
     return list(buffer.split_with_sizes(list(sizes), 1))
 
 
-def _fused(x: Tensor, members: int, adapted: bool) -> bool:
+def fused(x: Tensor, members: int, adapted: bool) -> bool:
     """Whether the Triton kernels run on CUDA: see `set_backend`."""
     if x.dtype == torch.float64 or members > pair_linear_triton.MEMBERS_MAX or _selected == "cublas":
         return False
     return adapted or _selected == "triton"
 
 
-def _kernel(x: Tensor, members: int, adapted: bool) -> str:
+def chosen_kernel(x: Tensor, members: int, adapted: bool) -> str:
     """"triton" or "mm" for a call on `x`."""
-    return "triton" if choose(x) == "triton" and _fused(x, members, adapted) else "mm"
+    return "triton" if choose(x) == "triton" and fused(x, members, adapted) else "mm"
 
 
 def _worth_adding(x: Tensor, weight: Tensor, keeps_product: bool) -> bool:
@@ -171,8 +171,8 @@ def _mm_forward(
 ) -> Tensor:  # fmt: skip
     """One branch by GEMM calls that write into column slices of the result; fills `xa` when given."""
     y = x.new_empty(x.shape[0], sum(weight.shape[0] for weight in w))
-    products = _slices(xa, ranks(a)) if xa is not None else []
-    for g, out in enumerate(_slices(y, [weight.shape[0] for weight in w])):
+    products = slices(xa, ranks(a)) if xa is not None else []
+    for g, out in enumerate(slices(y, [weight.shape[0] for weight in w])):
         weight = w[g].t()
         adapted = bool(a) and a[g].numel() > 0
         folded = adapted and _worth_adding(x, w[g], keeps_product=xa is not None)
@@ -199,7 +199,7 @@ def _scaled_mm(left: Tensor, right: Tensor, scale: float, out: Tensor | None = N
 
 def _mm_through(dy: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float], sizes: Sequence[int]) -> Tensor:
     q = dy[0].new_empty(dy[0].shape[0], sum(sizes))
-    for g, part in enumerate(_slices(q, sizes)):
+    for g, part in enumerate(slices(q, sizes)):
         if sizes[g]:
             _scaled_mm(dy[g], b[g], scales[g], part)
     return q
@@ -215,7 +215,7 @@ def _mm_backward(
     unfolded = any(r > 0 and not f for r, f in zip(sizes, folded))
     if q is None and ((need_lora and sum(sizes) > 0) or (need_x and unfolded)):
         q = _mm_through(dy, b, scales, sizes)
-    through = _slices(q, sizes) if q is not None else []
+    through = slices(q, sizes) if q is not None else []
     dx: Tensor | None = None
     if need_x:
         for g, gradient in enumerate(dy):
@@ -225,7 +225,7 @@ def _mm_backward(
                 dx.addmm_(through[g], a[g])
     if not need_lora:
         return dx, [], []
-    products = _slices(xa, sizes) if sum(sizes) else []
+    products = slices(xa, sizes) if sum(sizes) else []
     da = [torch.mm(through[g].t(), x) if r else x.new_empty(0) for g, r in enumerate(sizes)]
     db = [_scaled_mm(dy[g].t(), products[g], scales[g]) if r else x.new_empty(0) for g, r in enumerate(sizes)]
     return dx, da, db
@@ -240,7 +240,7 @@ def run_forward(
     _check_pair(x_s, x_t, w_s, w_t, bias_s, bias_t, a_s, b_s, a_t, b_t, scales_s, scales_t)
     rank = sum(ranks(a_s))
     adapted = rank > 0 or (x_t is not None and sum(ranks(a_t)) > 0)
-    if _kernel(x_s, len(w_s), adapted) == "triton":
+    if chosen_kernel(x_s, len(w_s), adapted) == "triton":
         return pair_linear_triton.forward(x_s, x_t, w_s, w_t, bias_s, bias_t, a_s, b_s, a_t, b_t, scales_s, scales_t)
     xa = x_s.new_empty(x_s.shape[0], rank) if rank else x_s.new_empty(0)
     y_s = _mm_forward(x_s, w_s, bias_s, a_s, b_s, scales_s, xa if rank else None)
@@ -256,7 +256,7 @@ def run_backward(
     _check_gradients(dy, [m.shape[0] for m in w], x)
     need_lora = need_lora and len(a) > 0
     out: list[Tensor] = []
-    if _kernel(x, len(w), sum(ranks(a)) > 0) == "triton":
+    if chosen_kernel(x, len(w), sum(ranks(a)) > 0) == "triton":
         dx, da, db = pair_linear_triton.backward(dy, x, w, a, b, scales, xa, need_x, need_lora, q)
     else:
         dx, da, db = _mm_backward(dy, x, w, a, b, scales, xa, need_x, need_lora, q)
@@ -331,7 +331,7 @@ def pair_linear_through(dy: Sequence[Tensor], b: Sequence[Tensor], scales: Seque
     """q [T, sum r], q_g = s_g dy_g B_g: the gradient with respect to x A^T. dy, b, scales as in `pair_linear_bwd`."""
     _check_gradients(dy, [m.shape[0] if m.numel() else y.shape[1] for m, y in zip(b, dy)], dy[0])
     sizes = _widths(b)
-    if _kernel(dy[0], len(dy), sum(sizes) > 0) == "triton":
+    if chosen_kernel(dy[0], len(dy), sum(sizes) > 0) == "triton":
         return pair_linear_triton.through(dy, b, scales, sizes)
     return _mm_through(dy, b, scales, sizes)
 
@@ -357,7 +357,7 @@ def _forward_cost(
     flops = sum(2 * x.shape[0] * sum(m.numel() for m in w) + _rank_flops(x.shape[0], w, a) for x, w, _, a in branches)
     if sum(x.shape[0] for x, *_ in branches) == 0:
         return Cost()
-    if _fused(x_s, len(w_s), adapters > 0):
+    if fused(x_s, len(w_s), adapters > 0):
         gemms = 2 if adapters else 1
         return Cost(gemms, gemms, 0, flops)
     gemms = len(w_s) * len(branches) + 2 * adapters
@@ -370,7 +370,7 @@ def _forward_cost(
 @declares("dopsd::pair_linear_through")
 def _through_cost(dy: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float], *, out: Any) -> Cost:
     adapters = sum(r > 0 for r in _widths(b))
-    gemms = (1 if _fused(dy[0], len(dy), adapters > 0) else adapters) if dy[0].numel() and adapters else 0
+    gemms = (1 if fused(dy[0], len(dy), adapters > 0) else adapters) if dy[0].numel() and adapters else 0
     return Cost(gemms, gemms, 0, sum(2 * dy[0].shape[0] * m.numel() for m in b))
 
 
@@ -386,7 +386,7 @@ def _backward_cost(
     into = sum(2 * tokens * r * m.shape[0] for r, m in zip(ranks(a), w))
     needs_q = adapters > 0 and (need_x or need_lora) and q is None
     flops = base * (need_x + need_w) + into * needs_q + through * need_lora + (through - into) * need_x
-    if _fused(x, len(w), adapters > 0):
+    if fused(x, len(w), adapters > 0):
         gemms = needs_q + need_x + (need_lora and adapters > 0)
     else:
         gemms = len(w) * need_x + adapters * (needs_q + need_x + 2 * need_lora)
@@ -434,7 +434,7 @@ def _backward(ctx: Any, dy_s: Tensor | None, dy_t: Tensor | None, dxa: Tensor | 
         w, a, b = rest[:count], rest[count : count + adapters], rest[count + adapters :]
         needs = ctx.needs_input_grad
         flags = needs[0], any(needs[2]), any(needs[4]), any(needs[6]) or any(needs[7])
-        dy = _slices(dy_s.contiguous(), [m.shape[0] for m in w])
+        dy = slices(dy_s.contiguous(), [m.shape[0] for m in w])
         flat = torch.ops.dopsd.pair_linear_bwd(dy, x_s, w, a, b, ctx.scales, xa, *flags)
         grad_x, dw, dbias, da, db = split_gradients(flat, count, *flags)
         for place, grads, values in ((0, dw, w), (2, dbias, dbias), (4, da, a), (5, db, b)):

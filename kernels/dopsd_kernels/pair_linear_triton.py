@@ -169,8 +169,8 @@ def input_gradient_kernel(
 def adapter_gradients_kernel(
     dy0, dy1, dy2, dy_stride0, dy_stride1, dy_stride2, rows_count, n0: tl.constexpr, n1: tl.constexpr, n2: tl.constexpr,
     x, x_stride, depth: tl.constexpr, p, p_stride, q, q_stride, r0: tl.constexpr, r1: tl.constexpr, r2: tl.constexpr, s0,
-    s1, s2, da0, da1, da2, db0, db1, db2, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    s1, s2, da0, da1, da2, db0, db1, db2, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Programs of dB of every member first, then those of dA; a member's blocks of rank lie along the second axis."""
     number = tl.program_id(0)
@@ -204,7 +204,10 @@ def adapter_gradients_kernel(
     total *= tl.where(is_b, _pick(member, s0, s1, s2), 1.0)
     out = tl.where(is_b, _pick(member, db0, db1, db2), _pick(member, da0, da1, da2))
     out += wide[:, None] * tl.where(is_b, rank, 1) + narrow[None, :] * tl.where(is_b, 1, depth)
-    tl.store(out, total.to(out.dtype.element_ty), mask=inside_wide[:, None] & inside_narrow[None, :])
+    inside_both = inside_wide[:, None] & inside_narrow[None, :]
+    if ACCUMULATE:
+        total += tl.load(out, mask=inside_both, other=0.0).to(tl.float32)
+    tl.store(out, total.to(out.dtype.element_ty), mask=inside_both)
 
 
 @dataclass(frozen=True)
@@ -379,16 +382,27 @@ def backward(
             BLOCK_R=_depth_of_rank(rank), GROUP=GROUP, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     if need_lora and rank:
-        tiles = gradient_tiles(x.dtype, rank)
-        launch(
-            adapter_gradients_kernel,
-            (_blocks([m.shape[0] for m in w], tiles.m) + len(w) * -(-depth // tiles.m), -(-rank // tiles.n)),
-            *_gradients(dy), x, x.stride(0), depth, xa, xa.stride(0), q, q.stride(0),
-            *_padded(ranks, 0), *_padded(scales, 0.0), *_padded(da, x), *_padded(db, x),
-            PRECISION=_precision(x), BLOCK_M=tiles.m, BLOCK_R=tiles.n, BLOCK_T=tiles.k,
-            num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
+        adapter_gradients(dy, x, ranks, scales, xa, q, da, db, accumulate=False)
     return dx, da, db
+
+
+def adapter_gradients(
+    dy: Sequence[Tensor], x: Tensor, ranks: Sequence[int], scales: Sequence[float], xa: Tensor, q: Tensor,
+    da: Sequence[Tensor], db: Sequence[Tensor], accumulate: bool,
+) -> None:  # fmt: skip
+    """dA and dB of every member into `da` and `db`, or added to what is there; one launch."""
+    rank, depth = max(ranks), x.shape[1]
+    tiles = gradient_tiles(x.dtype, rank)
+    some = next(m for m in da if m.numel())
+    given = [[m if m.numel() else some for m in gradients] for gradients in (da, db)]
+    launch(
+        adapter_gradients_kernel,
+        (_blocks([gradient.shape[1] for gradient in dy], tiles.m) + len(dy) * -(-depth // tiles.m), -(-rank // tiles.n)),
+        *_gradients(dy), x, x.stride(0), depth, xa, xa.stride(0), q, q.stride(0),
+        *_padded(ranks, 0), *_padded(scales, 0.0), *_padded(given[0], some), *_padded(given[1], some),
+        ACCUMULATE=accumulate, PRECISION=_precision(x), BLOCK_M=tiles.m, BLOCK_R=tiles.n, BLOCK_T=tiles.k,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
 
 
 def _case(name: str, kernel: Any, tiles: Tiles, constexprs: dict[str, Any], least: int = 80) -> CompileCase:
@@ -401,7 +415,9 @@ def _case(name: str, kernel: Any, tiles: Tiles, constexprs: dict[str, Any], leas
         if argument in constexprs:
             continue
         stem = argument.rstrip("012")
-        if argument in pointers or stem in {"m", "bias", "b", "w", "a", "dy", "da", "db"}:
+        if stem in {"da", "db"} and constexprs["ACCUMULATE"]:
+            signature[argument] = "*fp32"
+        elif argument in pointers or stem in {"m", "bias", "b", "w", "a", "dy", "da", "db"}:
             signature[argument] = "*bf16"
         else:
             signature[argument] = "fp32" if stem == "s" else "i32"
@@ -438,7 +454,8 @@ def _compile_cases() -> list[CompileCase]:
     tiles = gradient_tiles(bf16, rank)
     sizes = _sizes("n", adapter_gradients_kernel, width, width, width) | _sizes("r", adapter_gradients_kernel, rank, rank, rank)
     flags = {"PRECISION": "tf32", "BLOCK_M": tiles.m, "BLOCK_R": tiles.n, "BLOCK_T": tiles.k, "depth": width}
-    cases.append(_case("adapter_gradients", adapter_gradients_kernel, tiles, {**flags, **sizes}))
+    for name, accumulate in (("adapter_gradients", False), ("adapter_gradients accumulate", True)):
+        cases.append(_case(name, adapter_gradients_kernel, tiles, {**flags, **sizes, "ACCUMULATE": accumulate}))
     return cases
 
 
