@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from dopsd_kernels.pair_linear_accumulate import pair_linear_accumulate
 from torch import Tensor
 
 
@@ -13,7 +14,7 @@ class GradientSums:
     """fp32 (float64 for float64 parameters) sums of `parameters`' gradients, zero at first.
 
     Functions that know their gradients add them here, inside a GEMM where they can, and return None for the parameter;
-    `delivery` is a scalar whose backward then gives each sum to its parameter as its gradient. So K states cost one
+    the backward of what `finish` returns then gives each sum to its parameter as its gradient. So K states cost one
     accumulation, one hook and no rounding to the parameter's dtype. Not for ZeRO-3: there a parameter has no data, and
     can take no gradient, outside the backward of its own unit."""
 
@@ -21,6 +22,7 @@ class GradientSums:
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._sums: dict[int, Tensor] = {}
         self.used = False
+        self.modulations = Modulations(self)
 
     def __contains__(self, parameter: Tensor | None) -> bool:
         return parameter is not None and parameter.requires_grad
@@ -38,10 +40,13 @@ class GradientSums:
             sums = [self.of(parameter) for parameter, _ in gradients]
             torch._foreach_add_(sums, [gradient.to(total.dtype) for total, (_, gradient) in zip(sums, gradients)])
 
-    def delivery(self) -> Tensor | None:
-        """None where nothing was added."""
-        if not self.used:
-            return None
+    def finish(self) -> list[Tensor]:
+        """Scalars whose backward is all that is left to do."""
+        times = self.modulations.finish()
+        delivery = self._delivery() if self.used else None
+        return [part for part in (times, delivery) if part is not None]
+
+    def _delivery(self) -> Tensor:
         sums = [self._sums[id(parameter)] for parameter in self.parameters]
         self._sums, self.used = {}, False
         return _Delivery.apply(sums, *self.parameters)
@@ -67,3 +72,59 @@ class _Delivery(torch.autograd.Function):
         """The sums themselves: `scale`, the gradient of the scalar, is 1."""
         sums, ctx.sums = ctx.sums, None
         return None, *sums
+
+
+class Modulations:
+    """Linear layers of a time's embedding, c `[S, E]` -> `[S, 4 D]`, whose gradients come in pieces at every state, and
+    which are back-propagated once for all states.
+
+        dW = sum_k m_k^T c_k,   db = sum_k sum_S m_k,   dc_k = sum over the layers of m_k W,   m_k = [dy_1 .. dy_4] at state k
+    """
+
+    def __init__(self, sums: GradientSums) -> None:
+        self.sums = sums
+        self.times: list[tuple[Tensor, Tensor]] = []
+        self.pieces: dict[int, tuple[Any, list[tuple[Tensor, ...]]]] = {}
+
+    def time(self, c: Tensor) -> Tensor:
+        """c without its graph, to be used at this state."""
+        given = _leaf(c)
+        self.times.append((c, given))
+        return given
+
+    def apply(self, linear: Any, c: Tensor) -> tuple[Tensor, ...]:
+        """Four slices `[S, D]` of linear(c), each a leaf that waits for its gradient."""
+        with torch.no_grad():
+            slices = linear(c).unflatten(1, (4, -1)).unbind(1)
+        leaves = tuple(_leaf(piece) for piece in slices)
+        self.pieces.setdefault(id(linear), (linear, []))[1].append(leaves)
+        return leaves
+
+    def finish(self) -> Tensor | None:
+        """A scalar whose backward is that of the times' embeddings; the layers' gradients go to the sums."""
+        if not self.times:
+            return None
+        given = torch.cat([leaf for _, leaf in self.times]).detach()
+        into = torch.zeros_like(given)
+        if any(leaf.grad is not None for _, leaf in self.times):
+            into = torch.cat([_gradient(leaf) for _, leaf in self.times]).to(given.dtype)
+        for linear, states in self.pieces.values():
+            parts = torch.stack([_gradient(leaf) for leaves in states for leaf in leaves])
+            m = parts.unflatten(0, (len(states), 4)).transpose(1, 2).reshape(len(given), -1)
+            self.sums.of(linear.bias).add_(m.sum(0))
+            m, nothing = m.to(given.dtype), given.new_empty(0)
+            pair_linear_accumulate([self.sums.of(linear.weight)], [], [], [m], given, [1.0], nothing, nothing)
+            into.addmm_(m, linear.weight.detach())
+        scalar = (torch.cat([c for c, _ in self.times]) * into).sum()
+        self.times, self.pieces = [], {}
+        return scalar
+
+
+def _leaf(value: Tensor) -> Tensor:
+    leaf = value.detach().requires_grad_()
+    leaf.grad_dtype = torch.promote_types(value.dtype, torch.float32)
+    return leaf
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf, dtype=leaf.grad_dtype) if leaf.grad is None else leaf.grad

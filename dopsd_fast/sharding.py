@@ -117,6 +117,9 @@ class Engine:
         if self.stage in (1, 2) and params[0].dtype != torch.float32:
             _reduce_fp32(self._zero)
         self._fragments = list(self._find_fragments())
+        if self.stage == 0 and self.keeps_ema:  # elsewhere the average has to be distributed first
+            for trained in self._trained:
+                self.optimizer.set_teacher(trained.student, trained.teacher)
         for flat in self._flats():
             self.optimizer.init_state(flat, self.keeps_ema)
         self._teacher_flats = self._flatten_teacher() if self.stage in (1, 2) and self.keeps_ema else []
@@ -163,12 +166,13 @@ class Engine:
             norm = float(self._engine.get_global_grad_norm())
             if not self._engine.was_step_applied():
                 return norm if not math.isfinite(norm) else math.inf
-        self._refresh_teacher()
+        if self.stage:
+            self._refresh_teacher()
         return norm
 
     def _clip_gradients(self) -> float:
         """Stage 0: what DeepSpeed's ZeRO optimizers do, with their formula."""
-        grads: list[Tensor] = [trained.student.grad for trained in self._trained]
+        grads = _merged([trained.student.grad for trained in self._trained])
         norm = torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).norm()
         if self._clip > 0:
             factor = 1.0 / ((norm + 1e-6) / self._clip).clamp(min=1.0)
@@ -396,6 +400,21 @@ def _reduce_fp32(zero: Any) -> None:
     zero.gradient_accumulation_dtype = torch.float32
     zero.use_separate_grad_accum = True
     zero.use_grad_accum_attribute = True
+
+
+def _merged(tensors: list[Tensor]) -> list[Tensor]:
+    """The same elements in fewer tensors: those that lie side by side in one storage become one flat tensor."""
+    merged: list[Tensor] = []
+    end: tuple[int, int] | None = None
+    for tensor in sorted(tensors, key=lambda t: (t.untyped_storage()._cdata, t.storage_offset())):
+        storage, offset = tensor.untyped_storage()._cdata, tensor.storage_offset()
+        if end == (storage, offset) and tensor.is_contiguous() and tensor.dtype == merged[-1].dtype:
+            last = merged[-1]
+            merged[-1] = last.as_strided((last.numel() + tensor.numel(),), (1,), last.storage_offset())
+        else:
+            merged.append(tensor.view(-1) if tensor.is_contiguous() else tensor)
+        end = (storage, offset + tensor.numel()) if tensor.is_contiguous() else None
+    return merged
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -164,13 +164,11 @@ class FusedForward:
         return self.pair.fused(x, t, self.names, self.given, self.layouts, self.sums)
 
     def finish(self, backward: Callable[[Tensor], object]) -> None:
-        shared = None
+        rest = self.sums.finish() if self.sums is not None else []
         gradient = self.given[0].grad
         if gradient is not None:
-            shared = (self.shared[0] * gradient.to(self.dtype)).sum()  # whose gradient is `gradient`
+            rest.append((self.shared[0] * gradient.to(self.dtype)).sum())  # whose gradient is `gradient`
             self.given[0].grad = None
-        sums = self.sums.delivery() if self.sums is not None else None
-        rest = [part for part in (shared, sums) if part is not None]
         if rest:
             backward(sum(rest[1:], rest[0]))
 

@@ -250,24 +250,26 @@ class BlockFunction(torch.autograd.Function):
     """(x, h, gate, modulation, teacher's, the student's parameters) -> (r2, h', teacher's r2, teacher's h').
 
     `weights` and `teacher` are not seen by autograd; the student's parameters come again as `*parameters`, in the order of
-    `Weights.flat`, and are saved as they are (ZeRO-3 puts their values back before backward)."""
+    `Weights.flat`. Backward uses the parameters themselves: ZeRO-3 takes their values away and puts them back before it."""
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, weights: Weights, teacher: Side | None, x: Tensor, h: Tensor | None,
                 gate: Tensor | None, scale_attention: Tensor | None, gate_attention: Tensor | None,
                 scale_feed_forward: Tensor | None, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:  # fmt: skip
         modulation = Modulation(scale_attention, gate_attention, scale_feed_forward)
-        side = Side(x, h, gate, modulation, plan.packed, weights.rebuilt(parameters))
+        side = Side(x, h, gate, modulation, plan.packed, weights)
         kept, h_next, r2_t, h_t = _forward(plan, side, teacher)
         if any(ctx.needs_input_grad):
             ctx.plan, ctx.weights = plan, weights
+            inputs = (x, h, gate, *modulation)
+            ctx.dtypes = [None if i is None else i.grad_dtype if i.is_leaf and i.grad_dtype else i.dtype for i in inputs]
             stays: tuple[Tensor | None, ...] = tuple(kept)
             if plan.activations == "recompute":
                 stays = (None,) * len(kept)
             elif plan.activations == "selective":
                 stays = tuple(kept._replace(gu=None, xa_up=None, xa_down=None))  # type: ignore[arg-type]
             # r1 is x itself in a stack's first block.
-            ctx.save_for_backward(x, h, gate, *modulation, *parameters, *stays)
+            ctx.save_for_backward(x, h, gate, *modulation, *stays)
         ctx.set_materialize_grads(False)
         r2 = kept.r2
         if r2_t is not None and h_t is not None:
@@ -277,14 +279,12 @@ class BlockFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dr2: Tensor | None, dh_next: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         plan: Plan = ctx.plan
-        count = len(ctx.weights.flat())
         x, h, gate, *rest = ctx.saved_tensors
-        modulation, parameters = Modulation(*rest[:3]), rest[3 : 3 + count]
-        side = Side(x, h, gate, modulation, plan.packed, ctx.weights.rebuilt(parameters))
-        kept = _restored(plan, side, rest[3 + count :])
+        side = Side(x, h, gate, Modulation(*rest[:3]), plan.packed, ctx.weights)
+        kept = _restored(plan, side, rest[3:])
         needs = dict(zip(("x", "h", "gate", *Modulation._fields), ctx.needs_input_grad[3:9]))
         wanted = ctx.needs_input_grad[9:]
-        return None, None, None, *_backward(plan, side, kept, dr2, dh_next, needs, wanted)
+        return None, None, None, *_backward(plan, side, kept, dr2, dh_next, needs, wanted, ctx.dtypes)
 
 
 def _restored(plan: Plan, side: Side, saved: Sequence[Tensor | None]) -> Kept:
@@ -306,9 +306,11 @@ def _restored(plan: Plan, side: Side, saved: Sequence[Tensor | None]) -> Kept:
 
 
 def _backward(
-    plan: Plan, side: Side, kept: Kept, dr2: Tensor | None, dh: Tensor | None, needs: dict[str, bool], wanted: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """Gradients of (x, h, gate, the modulation's three, the parameters in `Weights.flat`'s order)."""
+    plan: Plan, side: Side, kept: Kept, dr2: Tensor | None, dh: Tensor | None, needs: dict[str, bool],
+    wanted: Sequence[bool], dtypes: Sequence[torch.dtype | None],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of (x, h, gate, the modulation's three), which have `dtypes`, and of the parameters in `Weights.flat`'s
+    order."""
     weights, sequences, eps = side.weights, plan.packed.sequences, plan.eps
     index, chunks = sequences.row_sequence, sequences.chunks
     flags = weights.rebuilt(wanted)  # type: ignore[arg-type]
@@ -383,18 +385,18 @@ def _backward(
     norm_grads["attention_norm1"] = norm1
     onto("qkv", dqkv, z, kept.xa_qkv, q)
 
-    def cast(grad: Tensor | None, like: Tensor | None, wish: bool) -> Tensor | None:
-        return grad.to(like.dtype) if wish and grad is not None and like is not None else None
+    def cast(grad: Tensor | None, dtype: torch.dtype | None, wish: bool) -> Tensor | None:
+        return grad.to(dtype) if wish and grad is not None and dtype is not None else None
 
     inputs = (dx, dh_before, dgate, dscale, dgate_attention, dscale_forward)
-    sources = (side.x, side.h, side.gate, *side.modulation)
     if plan.sums is not None:
         given = ((weights.norms[name], norm_grads[name]) for name in NORMS)
         plan.sums.add([(weight, grad) for weight, grad in given if grad is not None and weight in plan.sums])
         norm_grads = dict.fromkeys(NORMS)
-    norms = [cast(norm_grads[n], weights.norms[n], bool(flags.norms[n])) for n in NORMS]
+    norm_dtypes = {name: None if weight is None else weight.dtype for name, weight in weights.norms.items()}
+    norms = [cast(norm_grads[name], norm_dtypes[name], bool(flags.norms[name])) for name in NORMS]
     return (
-        *(cast(g, like, wish) for g, like, wish in zip(inputs, sources, needs.values())),
+        *(cast(grad, dtype, wish) for grad, dtype, wish in zip(inputs, dtypes, needs.values())),
         *norms,
         *(grad for group in GROUPS for grad in group_grads[group]),
     )

@@ -125,7 +125,7 @@ class Block(Unit):
         """(r2, h', gate_feed_forward) of the first branch, then of the second; see zimage_block. c None: not modulated; c_t
         None: as c."""
         first = branches[0]
-        weights, modulation, gate_next = self._branch(first, c)
+        weights, modulation, gate_next = self._branch(first, c, plan.sums)
         teacher = gate_next_t = None
         if len(branches) > 1:
             assert x_t is not None and plan.rider is not None
@@ -135,7 +135,7 @@ class Block(Unit):
                     gate_next_t = None if gate_next is None else gate_next.detach()
                     weights_t = self.weights_of(branches[1])
                 else:
-                    weights_t, modulation_t, gate_next_t = self._branch(branches[1], c if c_t is None else c_t)
+                    weights_t, modulation_t, gate_next_t = self._branch(branches[1], c if c_t is None else c_t, None)
             teacher = Side(x_t, h_t, gate_t, modulation_t, plan.rider, weights_t)
         r2, h2, r2_t, h2_t = BlockFunction.apply(plan, weights, teacher, x, h, gate, *modulation, *weights.flat())
         return r2, h2, gate_next, r2_t, h2_t, gate_next_t
@@ -144,12 +144,24 @@ class Block(Unit):
         before = self.part(branch, "before") if "before" in self.names else None
         return Weights.of(self.part(branch, "block"), before, self.adapters[branch])
 
-    def _branch(self, branch: Branch, c: Tensor | None) -> tuple[Weights, Modulation, Tensor | None]:
+    def summed_modulation(self, branch: Branch) -> Any:
+        """The linear layer that trains as it is, without an adapter; or None."""
+        parts = list(self.part(branch, "modulation")) if "modulation" in self.names else []
+        plain = len(parts) == 1 and not hasattr(parts[0], "lora_A") and parts[0].weight.requires_grad
+        return parts[0] if plain else None
+
+    def _branch(
+        self, branch: Branch, c: Tensor | None, sums: GradientSums | None
+    ) -> tuple[Weights, Modulation, Tensor | None]:
         weights = self.weights_of(branch)
         if c is None:
             return weights, Modulation(None, None, None), None
-        values = self.apply_part(branch, "modulation", c)
-        scale_attention, gate_attention, scale_forward, gate_forward = values.unflatten(1, (4, -1)).unbind(1)
+        linear = self.summed_modulation(branch) if sums is not None else None
+        if sums is not None and linear is not None:
+            values = sums.modulations.apply(linear, c)
+        else:
+            values = self.apply_part(branch, "modulation", c).unflatten(1, (4, -1)).unbind(1)
+        scale_attention, gate_attention, scale_forward, gate_forward = values
         return weights, Modulation(scale_attention, gate_attention, scale_forward), gate_forward
 
 
@@ -226,7 +238,8 @@ class ZImagePair(nn.Module):
         """The blocks' own parameters, whose gradients `forward` can put into `sums`."""
         found: dict[int, Tensor] = {}
         for block in (*self.noise_refiner, *self.layers):
-            flat = block.weights_of(branch).flat()
+            linear = block.summed_modulation(branch)
+            flat = [*block.weights_of(branch).flat(), *(linear.parameters() if linear is not None else ())]
             found |= {id(parameter): parameter for parameter in flat if isinstance(parameter, nn.Parameter)}
         return list(found.values())
 
@@ -284,7 +297,9 @@ class ZImagePair(nn.Module):
         sums: takes the gradients of the blocks' parameters."""
         entered = self.entry(self._traced(x), t.float(), branches, self.config.t_scale)
         tokens = [entered[0] if one is None else one for one in entered[0::2]]
-        times = entered[1::2]
+        times = list(entered[1::2])
+        if sums is not None and times[0].requires_grad:
+            times[0] = sums.modulations.time(times[0])
         images = self._stack(self.noise_refiner, self.noise_close, branches, tokens, times, [one.image for one in layouts], sums)
         joint = [self._join(*parts) for parts in zip(images, captions, layouts)]
         state = self._blocks(self.layers, branches, joint, times, [one.joint for one in layouts], sums)
