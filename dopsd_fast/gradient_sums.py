@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from dopsd_kernels.pair_linear_accumulate import pair_linear_accumulate
 from torch import Tensor
+
+from dopsd_kernels.pair_linear_accumulate import pair_linear_accumulate
 
 
 class GradientSums:

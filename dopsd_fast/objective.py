@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from dopsd_kernels.divergence_step import divergence_step
 from torch import Tensor
 
 from dopsd_fast.trajectory import WeightKind, off_policy_state, weights
+from dopsd_kernels.divergence_step import divergence_step
 
 Context = dict[str, Tensor]
 Velocity = Callable[[Tensor, Tensor, Sequence[Context]], Tensor]

@@ -113,6 +113,9 @@ class TrainSettings(Section):
         "auto", "flash_attn_2", "flash_attn_3", "flash_attn_4", "cudnn", "flash", "varlen", "cpu_flash", "math"
     ] = "auto"
     """Which library computes attention in the pair forward; auto takes the fastest that fits the machine."""
+    fp8: Literal["off", "teacher", "frozen"] = "off"
+    """8-bit products with frozen matrices: off; teacher, the teacher's only; frozen, the student's frozen ones too. Changes the
+    numbers; on a GPU needs compute capability 8.9 or newer and precision bf16."""
     threads: Annotated[int, Field(ge=0, le=4096)] = 0
     """CPU threads per rank; 0 leaves torch's own choice."""
 
@@ -267,6 +270,14 @@ def _contradictions(s: Settings) -> list[str]:
         found.append("method.backward=k_graphs needs K states, method.name=sft has one: drop one of them")
     if s.adapter.kind == "full" and s.adapter.targets:
         found.append("adapter.targets names LoRA modules, adapter.kind=full trains every weight: drop one of them")
+    if s.train.fp8 != "off" and s.adapter.kind == "full" and (s.train.fp8 == "frozen" or s.teacher.kind != "frozen"):
+        found.append(
+            f"train.fp8={s.train.fp8} is for frozen matrices; with adapter.kind=full and teacher.kind={s.teacher.kind} they "
+            "change at every step: use adapter.kind=lora, or train.fp8=off"
+        )
+    if s.backbone == "diffusers" and (s.train.fp8 != "off" or s.train.activations == "selective"):
+        what = f"train.fp8={s.train.fp8}" if s.train.fp8 != "off" else "train.activations=selective"
+        found.append(f"{what} belongs to the pair forward, backbone=diffusers runs diffusers' own: drop one of them")
     if s.conditioning.max_pixels and s.conditioning.min_pixels > s.conditioning.max_pixels:
         found.append(
             f"conditioning.min_pixels={s.conditioning.min_pixels} is larger than "

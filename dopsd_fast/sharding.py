@@ -405,7 +405,7 @@ def _reduce_fp32(zero: Any) -> None:
 def _merged(tensors: list[Tensor]) -> list[Tensor]:
     """The same elements in fewer tensors: those that lie side by side in one storage become one flat tensor."""
     merged: list[Tensor] = []
-    end: tuple[int, int] | None = None
+    end: Any = None
     for tensor in sorted(tensors, key=lambda t: (t.untyped_storage()._cdata, t.storage_offset())):
         storage, offset = tensor.untyped_storage()._cdata, tensor.storage_offset()
         if end == (storage, offset) and tensor.is_contiguous() and tensor.dtype == merged[-1].dtype:

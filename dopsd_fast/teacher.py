@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dopsd_fast.errors import UserError
 from dopsd_fast.gradient_sums import GradientSums
 from dopsd_fast.objective import Forward, TwoCalls
+from dopsd_kernels.fp8_linear import require_fp8
 
 if TYPE_CHECKING:
     from dopsd_fast.families.base import Context, Family
@@ -206,13 +207,22 @@ def fuse(family: Family, settings: Settings, modules: dict[str, nn.Module], adap
     """The pair forward that `backbone` asks for, or None for diffusers' own forward. UserError where the family has none."""
     train = settings.train
     fused = None
+    if train.fp8 != "off" and torch.cuda.is_available():
+        try:
+            require_fp8(torch.device("cuda"))
+        except RuntimeError as error:
+            raise UserError(str(error)) from None
+        if train.precision != "bf16":
+            raise UserError(f"train.fp8={train.fp8} on a GPU needs train.precision=bf16, it is {train.precision}")
     if settings.backbone != "diffusers":
-        fused = family.pair_forward(modules, adapters, train.activations, train.attention)
+        fused = family.pair_forward(modules, adapters, train.activations, train.attention, train.fp8)
     if fused is None and settings.backbone == "pair":
         raise UserError(f"backbone=pair: {family.name} has no pair forward: leave backbone=auto")
     if fused is None and train.activations == "selective":
         raise UserError(f"train.activations=selective: only the pair forward has it, {family.name} runs diffusers' forward: "
                         "use keep or recompute")
+    if fused is None and train.fp8 != "off":
+        raise UserError(f"train.fp8={train.fp8}: only the pair forward has it, {family.name} runs diffusers' forward: use off")
     return fused
 
 

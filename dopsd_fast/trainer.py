@@ -376,6 +376,8 @@ class Trainer:
             ("steps", f"{s.train.steps}, rate {s.train.learning_rate:g} ({s.train.schedule}, warm-up {s.train.warmup})"),
             ("runs on", f"{d['device']} ({d['backend']}), ZeRO {d['zero_stage']}, {d['precision']}, {d['threads']} threads, "
                         f"torch {d['torch']}, EMA {d['ema_backend']}"),
+            ("forward", f"{d['backbone']}, attention {d['attention']}"
+                        + (f", activations {d['activations']}, ops {d['ops']}, fp8 {d['fp8']}" if "ops" in d else "")),
         ]
         return "\n".join(f"{name:>8}  {text}" for name, text in lines)
 

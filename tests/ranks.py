@@ -359,7 +359,8 @@ def run(world: int, cases: list[dict[str, Any]], folder: Path) -> dict[str, Any]
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
-        "TRITON_INTERPRET": "0", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     processes = [
         subprocess.Popen(

@@ -27,7 +27,8 @@ FLOOR = 16
 LUCK = 7
 TARGETS = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0", "feed_forward.w1", "feed_forward.w2",
            "feed_forward.w3")  # fmt: skip
-EVERYWHERE = (*TARGETS, "layers.0.adaLN_modulation.0", "2-1.adaLN_modulation.1", "mlp.0", "mlp.2", "cap_embedder.1", "all_final_layer.2-1.linear", "all_x_embedder.2-1")
+EVERYWHERE = (*TARGETS, "layers.0.adaLN_modulation.0", "2-1.adaLN_modulation.1", "mlp.0", "mlp.2", "cap_embedder.1",
+              "all_final_layer.2-1.linear", "all_x_embedder.2-1")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -277,6 +278,45 @@ def test_only_the_students_activations_stay():
     assert kept["recompute", 3] < 0.35 * kept["keep", 3]
 
 
+@pytest.mark.parametrize("which", ["teacher", "frozen"])
+def test_fp8_is_a_small_change_of_the_frozen_products(which):
+    """e4m3 has 3 mantissa bits: a product's terms are off by up to 2^-4 each, at random, so a velocity by a few percent;
+    what is not in 8 bits stays as it was. The gradient stays the gradient of nearly the same function."""
+    case = Case(33, targets=TARGETS)
+    x, t, contexts, cotangent = inputs(case, torch.float32)
+    names = (STUDENT, TEACHER)
+    found = {}
+    for fp8 in ("off", which):
+        both = models(case, torch.float32)
+        pair = ZImagePair(both, {STUDENT: STUDENT, TEACHER: TEACHER}, fp8=fp8)
+        layouts = [pair.layout(contexts[name], *case.size, x.device) for name in names]
+        captions = pair.captions_of(names, [contexts[name] for name in names], layouts, torch.float32)
+        v_s, v_t = pair(x, t, names, captions, layouts)
+        found[fp8] = {STUDENT: v_s.detach(), TEACHER: v_t} | gradients(both[STUDENT], v_s, cotangent)
+    changed = {name: error(value, found["off"][name].double()) for name, value in found[which].items()}
+    assert 1e-3 < changed[TEACHER] < 0.1
+    if which == "teacher":
+        # the captions of the teacher go through the same blocks alone, as a first branch, and keep their precision
+        assert all(value == 0 for name, value in changed.items() if name != TEACHER)
+    else:
+        assert 1e-3 < changed[STUDENT] < 0.1
+        cosine = sum((found[which][n] * found["off"][n]).sum() for n in changed if n not in names) / (
+            sum(found[which][n].square().sum() for n in changed if n not in names).sqrt()
+            * sum(found["off"][n].square().sum() for n in changed if n not in names).sqrt())  # fmt: skip
+        assert cosine > 0.98
+
+
+def test_fp8_refuses_what_trains():
+    from dopsd_fast.errors import UserError
+
+    both = models(Case(34), torch.float32)
+    with pytest.raises(UserError, match="train.fp8=frozen: the matrices train"):
+        ZImagePair(both, {STUDENT: "", TEACHER: ""}, fp8="frozen")
+    odd = models(Case(35, dim=60, heads=3, axes=(4, 8, 8), targets=TARGETS), torch.float32)
+    with pytest.raises(UserError, match="multiples of 16"):
+        ZImagePair(odd, {STUDENT: STUDENT, TEACHER: TEACHER}, fp8="frozen")
+
+
 def test_patches():
     x = draw(0, 2, 3, 4, 6)
     assert torch.equal(unpatchify(patchify(x).flatten(0, 1), x.shape), x)
@@ -289,7 +329,7 @@ def test_too_many_tokens_are_refused():
 
     family = open_family(tiny.shared("zimage"), Settings().conditioning)
     model = family.load_transformer(torch.float32)
-    pair = family.pair_forward({STUDENT: model}, {STUDENT: ""}, "keep", "auto")
+    pair = family.pair_forward({STUDENT: model}, {STUDENT: ""}, "keep", "auto", "off")
     pair.layout([{"text": torch.zeros(992, 32)}], 4, 4, torch.device("cpu"))
     with pytest.raises(UserError, match="993 caption tokens.*992"):
         pair.layout([{"text": torch.zeros(993, 32)}], 4, 4, torch.device("cpu"))

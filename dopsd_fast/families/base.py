@@ -115,12 +115,14 @@ class Family(ABC):
         Computed in the transformer's dtype, returned in x's. Items may have contexts of unequal length.
         """
 
-    def pair_forward(self, modules: dict[str, Any], adapters: dict[str, str], activations: str, attention: str) -> Any:
+    def pair_forward(
+        self, modules: dict[str, Any], adapters: dict[str, str], activations: str, attention: str, fp8: str
+    ) -> Any:
         """A module that computes the velocities of several branches at once (see `ZImagePair`, which says what it offers), or
         None where the family has none: then the branches run one after the other through `velocity`.
 
         modules: a transformer for each branch, the same one where only adapters differ; adapters: the name of each branch's
-        adapter; activations, attention: `train.activations`, `train.attention`."""
+        adapter; activations, attention, fp8: the settings of these names under `train`."""
         return None
 
     # ---- latents and pixels ----------------------------------------------------------------------------------------

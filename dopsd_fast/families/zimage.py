@@ -68,8 +68,10 @@ class ZImage(Family):
         )[0]
         return torch.stack(list(out)).squeeze(2).to(x.dtype)
 
-    def pair_forward(self, modules: dict[str, Any], adapters: dict[str, str], activations: str, attention: str) -> ZImagePair:
-        return ZImagePair(modules, adapters, activations, attention, self._check_tokens)
+    def pair_forward(
+        self, modules: dict[str, Any], adapters: dict[str, str], activations: str, attention: str, fp8: str
+    ) -> ZImagePair:
+        return ZImagePair(modules, adapters, activations, attention, fp8, self._check_tokens)
 
     def student_context(self, encoders: Encoders, prompt: str) -> Context:
         """Equals `ZImagePipeline.encode_prompt` at `max_sequence_length = conditioning.max_text_tokens`."""

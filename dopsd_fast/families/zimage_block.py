@@ -20,17 +20,19 @@ nothing stays.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
+
+from dopsd_fast.gradient_sums import GradientSums
 from dopsd_kernels import attention, gated_residual_norm, pair_linear, qk_norm_rope, rmsnorm_modulate, swiglu
 from dopsd_kernels.backend import direct
 from dopsd_kernels.pair_linear_accumulate import pair_linear_accumulate as accumulate_op
 from dopsd_kernels.sequences import Sequences
-from torch import Tensor, nn
 
-from dopsd_fast.gradient_sums import GradientSums
+from .frozen_fp8 import FrozenFp8
 
 attention_fwd, attention_bwd = direct(attention.attention_fwd), direct(attention.attention_bwd)
 gated_residual_norm_fwd = direct(gated_residual_norm.gated_residual_norm_fwd)
@@ -146,6 +148,7 @@ class Plan:
     attention: str = "auto"
     sums: GradientSums | None = None
     """Where the parameters' gradients go; None: to autograd."""
+    fp8: FrozenFp8 | None = None
 
 
 class Side(NamedTuple):
@@ -179,8 +182,18 @@ class Kept(NamedTuple):
     xa_down: Tensor
 
 
-def _project(group: str, x: Tensor, x_rider: Tensor | None, ours: Weights, theirs: Weights | None) -> tuple[Tensor, ...]:
+def _project(
+    plan: Plan, group: str, x: Tensor, x_rider: Tensor | None, ours: Weights, theirs: Weights | None
+) -> tuple[Tensor, ...]:
+    """(y, the rider's y, x A^T)."""
     s, t = ours.groups[group], theirs.groups[group] if theirs is not None else []
+    if plan.fp8 is not None:
+        y_t = plan.fp8.project(x_rider, t, False)[0] if x_rider is not None else x.new_empty(0)
+        if plan.fp8.which == "frozen":
+            y, xa = plan.fp8.project(x, s, True)
+        else:
+            y, _, xa = _project(replace(plan, fp8=None), group, x, None, ours, None)
+        return y, y_t, xa
     adapted = any(m.a.numel() for m in (*s, *t))
     return pair_linear_fwd(
         x, x_rider, [m.weight for m in s], [m.weight for m in t], [], [],
@@ -228,20 +241,20 @@ def _forward(plan: Plan, s: Side, t: Side | None) -> tuple[Kept, Tensor, Tensor 
     theirs = t.weights if t is not None else None
     r1, z, rstd_h, rstd_1 = _enter(s, plan.eps)
     r1_t, z_t = _enter(t, plan.eps)[:2] if t is not None else (None, None)
-    qkv, qkv_t, xa_qkv = _project("qkv", z, z_t, s.weights, theirs)
+    qkv, qkv_t, xa_qkv = _project(plan, "qkv", z, z_t, s.weights, theirs)
     attended, lse = _attend(qkv, s, plan)
     attended_t = _attend(qkv_t, t, plan)[0] if t is not None else None
     del z, z_t, qkv_t
-    a, a_t, xa_out = _project("out", attended, attended_t, s.weights, theirs)
+    a, a_t, xa_out = _project(plan, "out", attended, attended_t, s.weights, theirs)
     del attended_t
     r2, z, rstd_a, rstd_2 = _leave(s, r1, a, plan.eps)
-    r2_t, z_t = _leave(t, r1_t, a_t, plan.eps)[:2] if t is not None else (None, None)
+    r2_t, z_t = _leave(t, r1_t, a_t, plan.eps)[:2] if t is not None and r1_t is not None else (None, None)
     del r1_t, a_t
-    gu, gu_t, xa_up = _project("up", z, z_t, s.weights, theirs)
+    gu, gu_t, xa_up = _project(plan, "up", z, z_t, s.weights, theirs)
     del z, z_t
     product_t = swiglu_fwd(gu_t) if t is not None else None
     del gu_t
-    h, h_t, xa_down = _project("down", swiglu_fwd(gu), product_t, s.weights, theirs)
+    h, h_t, xa_down = _project(plan, "down", swiglu_fwd(gu), product_t, s.weights, theirs)
     kept = Kept(r1, rstd_h, rstd_1, qkv, xa_qkv, attended, lse, xa_out, a, r2, rstd_a, rstd_2, gu, xa_up, xa_down)
     return kept, h, r2_t, h_t if t is not None else None
 
@@ -295,7 +308,7 @@ def _restored(plan: Plan, side: Side, saved: Sequence[Tensor | None]) -> Kept:
         w, index = side.weights.norms, plan.packed.sequences.row_sequence
         scale = side.modulation.scale_feed_forward
         z, _ = rmsnorm_modulate_fwd(kept.r2, w["ffn_norm1"], scale, index, plan.eps)
-        gu, _, xa_up = _project("up", z, None, side.weights, None)
+        gu, _, xa_up = _project(plan, "up", z, None, side.weights, None)
         down = side.weights.groups["down"]
         xa_down = gu.new_empty(0)
         if any(m.a.numel() for m in down):
@@ -311,7 +324,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of (x, h, gate, the modulation's three), which have `dtypes`, and of the parameters in `Weights.flat`'s
     order."""
-    weights, sequences, eps = side.weights, plan.packed.sequences, plan.eps
+    weights, sequences = side.weights, plan.packed.sequences
     index, chunks = sequences.row_sequence, sequences.chunks
     flags = weights.rebuilt(wanted)  # type: ignore[arg-type]
     norm_grads: dict[str, Tensor | None] = dict.fromkeys(NORMS)
@@ -391,7 +404,7 @@ def _backward(
     inputs = (dx, dh_before, dgate, dscale, dgate_attention, dscale_forward)
     if plan.sums is not None:
         given = ((weights.norms[name], norm_grads[name]) for name in NORMS)
-        plan.sums.add([(weight, grad) for weight, grad in given if grad is not None and weight in plan.sums])
+        plan.sums.add([(w, grad) for w, grad in given if w is not None and grad is not None and w in plan.sums])
         norm_grads = dict.fromkeys(NORMS)
     norm_dtypes = {name: None if weight is None else weight.dtype for name, weight in weights.norms.items()}
     norms = [cast(norm_grads[name], norm_dtypes[name], bool(flags.norms[name])) for name in NORMS]

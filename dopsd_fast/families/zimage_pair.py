@@ -12,16 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
-from dopsd_kernels.gated_residual_norm import gated_residual_norm
-from dopsd_kernels.layernorm_modulate import layernorm_modulate
-from dopsd_kernels.sequences import Sequences
 from torch import Tensor, nn
 
 from dopsd_fast.gradient_sums import GradientSums
+from dopsd_kernels import native_ops
+from dopsd_kernels.attention import choose_attention
+from dopsd_kernels.backend import choose
+from dopsd_kernels.gated_residual_norm import gated_residual_norm
+from dopsd_kernels.layernorm_modulate import layernorm_modulate
+from dopsd_kernels.sequences import Sequences
 
+from .frozen_fp8 import FrozenFp8
 from .zimage_block import BlockFunction, Modulation, Packed, Plan, Side, Weights
 
 PAD_MULTIPLE = 32  # diffusers' SEQ_MULTI_OF
@@ -201,11 +206,13 @@ class ZImagePair(nn.Module):
     adapter. `activations`: see `zimage_block.ACTIVATIONS`. `attention`: see `dopsd_kernels.attention`."""
 
     def __init__(self, modules: dict[Branch, Any], adapters: dict[Branch, str], activations: str = "keep",
-                 attention: str = "auto", check_tokens: Callable[[int], None] = lambda tokens: None) -> None:  # fmt: skip
+                 attention: str = "auto", fp8: str = "off",
+                 check_tokens: Callable[[int], None] = lambda tokens: None) -> None:  # fmt: skip
         super().__init__()
         model = next(iter(modules.values()))
         self.config, self.embed_positions = model.config, model.rope_embedder
         self.activations, self.attention, self._check_tokens = activations, attention, check_tokens
+        self.fp8 = FrozenFp8(fp8) if fp8 != "off" else None
         key = f"{model.all_patch_size[0]}-{model.all_f_patch_size[0]}"
 
         def unit(kind: Callable[..., Any], **find: Callable[[Any], Any]) -> Any:
@@ -213,12 +220,12 @@ class ZImagePair(nn.Module):
 
         def stack(name: str) -> nn.ModuleList:
             blocks = []
-            for i in range(len(getattr(model, name))):
-                parts: dict[str, Callable[[Any], Any]] = {"block": lambda m, i=i: getattr(m, name)[i]}
+            for i, block in enumerate(getattr(model, name)):
+                parts = {"block": attrgetter(f"{name}.{i}")}
                 if i:
-                    parts["before"] = lambda m, i=i: getattr(m, name)[i - 1].ffn_norm2
-                if getattr(model, name)[i].modulation:
-                    parts["modulation"] = lambda m, i=i: getattr(m, name)[i].adaLN_modulation
+                    parts["before"] = attrgetter(f"{name}.{i - 1}.ffn_norm2")
+                if block.modulation:
+                    parts["modulation"] = attrgetter(f"{name}.{i}.adaLN_modulation")
                 blocks.append(unit(Block, **parts))
             return nn.ModuleList(blocks)
 
@@ -229,10 +236,20 @@ class ZImagePair(nn.Module):
         self.layers = stack("layers")
         self.noise_close = unit(Close, before=lambda m: m.noise_refiner[-1].ffn_norm2 if len(m.noise_refiner) else None)
         self.context_close = unit(Close, before=lambda m: m.context_refiner[-1].ffn_norm2 if len(m.context_refiner) else None)
+        if self.fp8 is not None:
+            for branch in list(modules) if fp8 == "frozen" else list(modules)[1:]:
+                for block in (*self.noise_refiner, *self.context_refiner, *self.layers):
+                    groups = block.weights_of(branch).groups.values()
+                    self.fp8.check(m.weight for members in groups for m in members)
         self.exit = unit(Exit, before=lambda m: m.layers[-1].ffn_norm2, final=lambda m: m.all_final_layer[key])
 
     def describe(self) -> dict[str, Any]:
-        return {"activations": self.activations, "attention": self.attention}
+        parameter = next(self.layers.parameters())
+        head_dim = self.config.dim // self.config.n_heads
+        found = [choose_attention(parameter.device, parameter.dtype, head_dim, equal) for equal in (True, False)]
+        attention = self.attention if self.attention != "auto" else " or ".join(dict.fromkeys(found))
+        return {"activations": self.activations, "attention": attention, "fp8": self.fp8.which if self.fp8 else "off",
+                "ops": choose(parameter, native=native_ops.usable(parameter))}  # fmt: skip
 
     def summed_parameters(self, branch: Branch) -> list[Tensor]:
         """The blocks' own parameters, whose gradients `forward` can put into `sums`."""
@@ -300,7 +317,8 @@ class ZImagePair(nn.Module):
         times = list(entered[1::2])
         if sums is not None and times[0].requires_grad:
             times[0] = sums.modulations.time(times[0])
-        images = self._stack(self.noise_refiner, self.noise_close, branches, tokens, times, [one.image for one in layouts], sums)
+        packed = [one.image for one in layouts]
+        images = self._stack(self.noise_refiner, self.noise_close, branches, tokens, times, packed, sums)
         joint = [self._join(*parts) for parts in zip(images, captions, layouts)]
         state = self._blocks(self.layers, branches, joint, times, [one.joint for one in layouts], sums)
         velocities = []
@@ -316,7 +334,7 @@ class ZImagePair(nn.Module):
                 times: Sequence[Tensor | None], packed: Sequence[Packed], sums: GradientSums | None) -> list[Any]:  # fmt: skip
         """(x, h, gate) of each branch after the blocks; h and gate are None where there is no block."""
         plan = Plan(packed[0], packed[1] if len(packed) > 1 else None, self.config.n_heads, self.config.norm_eps,
-                    QK_EPS, self.activations, self.attention, sums)  # fmt: skip
+                    QK_EPS, self.activations, self.attention, sums, self.fp8)  # fmt: skip
         state: list[Any] = [self._traced(tokens[0]), None, None]
         if len(branches) > 1:
             state += [tokens[1], None, None]
@@ -334,7 +352,8 @@ class ZImagePair(nn.Module):
         return x
 
     def _stack(self, blocks: nn.ModuleList, close: Close, branches: Sequence[Branch], tokens: Sequence[Tensor],
-               times: Sequence[Tensor | None], packed: Sequence[Packed], sums: GradientSums | None = None) -> list[Tensor]:  # fmt: skip
+               times: Sequence[Tensor | None], packed: Sequence[Packed],
+               sums: GradientSums | None = None) -> list[Tensor]:  # fmt: skip
         state = self._blocks(blocks, branches, tokens, times, packed, sums)
         if not len(blocks):
             return list(tokens)

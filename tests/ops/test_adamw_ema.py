@@ -233,6 +233,18 @@ def test_native_same_bits_for_any_thread_count(isa: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+def test_native_writes_past_the_caches_what_it_writes_into_them(offset: int) -> None:
+    n = 1 << 22
+    streamed, options = native_arguments(n + offset)
+    streamed = [t[offset:] for t in streamed]
+    pieces = [t.clone() for t in streamed]
+    _native.adamw_ema(*streamed, **options)
+    for part in zip(*(t.split(n // 4) for t in pieces)):
+        _native.adamw_ema(*part, **options)
+    assert all(torch.equal(a, b) for a, b in zip(streamed, pieces))
+
+
 @pytest.mark.parametrize("isa", instruction_sets())
 def test_native_instruction_sets_are_equally_right(isa: str) -> None:
     widest = _native.isa()

@@ -10,6 +10,10 @@
 #include <omp.h>
 #endif
 
+#ifdef DOPSD_X86_ISAS
+#include <immintrin.h>
+#endif
+
 #include "adamw_ema.hpp"
 
 namespace nb = nanobind;
@@ -21,6 +25,9 @@ using dopsd::kAdamwEmaBlock;
 
 // Below this many elements starting threads costs more than the pass over memory.
 constexpr std::int64_t kParallelFrom = 1 << 15;
+
+// From this many elements on no cache holds the arrays until the next step.
+constexpr std::int64_t kStreamFrom = 1 << 22;
 
 constexpr nb::dlpack::dtype kFloat32{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), 32, 1};
 constexpr nb::dlpack::dtype kBfloat16{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1};
@@ -109,6 +116,7 @@ void adamw_ema(nb::ndarray<> theta, nb::ndarray<nb::ro> grad, nb::ndarray<> exp_
     a.take_theta = static_cast<float>(1.0 - decay);
 
     const std::int64_t size = arrays.size;
+    a.stream = size >= kStreamFrom;
     const auto block = DOPSD_SELECT(adamw_ema_block);
 #ifdef _OPENMP
     [[maybe_unused]] const int team = threads > 0 ? threads : omp_get_max_threads();
@@ -116,9 +124,15 @@ void adamw_ema(nb::ndarray<> theta, nb::ndarray<nb::ro> grad, nb::ndarray<> exp_
 
     nb::gil_scoped_release unlocked;
     // An element depends on its own inputs only, so the split over threads cannot change a bit.
-#pragma omp parallel for schedule(static) num_threads(team) if (size >= kParallelFrom && team > 1)
-    for (std::int64_t begin = 0; begin < size; begin += kAdamwEmaBlock)
-        block(a, begin, size - begin < kAdamwEmaBlock ? size : begin + kAdamwEmaBlock);
+#pragma omp parallel num_threads(team) if (size >= kParallelFrom && team > 1)
+    {
+#pragma omp for schedule(static) nowait
+        for (std::int64_t begin = 0; begin < size; begin += kAdamwEmaBlock)
+            block(a, begin, size - begin < kAdamwEmaBlock ? size : begin + kAdamwEmaBlock);
+#ifdef DOPSD_X86_ISAS
+        if (a.stream) _mm_sfence();
+#endif
+    }
 }
 
 }  // namespace

@@ -20,6 +20,7 @@ struct AdamwEma {
     std::uint16_t *ema_high = nullptr, *ema_low = nullptr;
     std::uint16_t *student = nullptr, *teacher = nullptr;
     float *teacher_fp32 = nullptr;
+    bool stream = false;  // writes student and teacher past the caches; the thread must then end with a store fence
 
     float shrink;       // 1 - lr * weight_decay
     float take_grad;    // 1 - beta1

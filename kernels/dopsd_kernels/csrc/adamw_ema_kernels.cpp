@@ -50,6 +50,21 @@ void to_bf16(const float *RESTRICT from, uint16_t *RESTRICT to, int64_t n) {
     for (int64_t i = 0; i < n; ++i) to[i] = to_bf16(from[i]);
 }
 
+// The same, past the caches where the instruction set can: without being read first, memory takes half the traffic.
+void stream_bf16(const float *RESTRICT from, uint16_t *RESTRICT to, int64_t n) {
+#if defined(DOPSD_ISA_avx512) || defined(DOPSD_ISA_avx2)
+    if (n % 16 == 0 && reinterpret_cast<std::uintptr_t>(to) % 32 == 0) {
+        alignas(32) uint16_t here[kAdamwEmaBlock];
+        to_bf16(from, here, n);
+        for (int64_t i = 0; i < n; i += 16)
+            _mm256_stream_si256(reinterpret_cast<__m256i *>(to + i),
+                                _mm256_load_si256(reinterpret_cast<const __m256i *>(here + i)));
+        return;
+    }
+#endif
+    to_bf16(from, to, n);
+}
+
 void from_bf16(const uint16_t *RESTRICT from, float *RESTRICT to, int64_t n) {
     for (int64_t i = 0; i < n; ++i) to[i] = float_of(static_cast<uint32_t>(from[i]) << 16);
 }
@@ -105,6 +120,7 @@ void average(float *ema, const float *theta, float take, int64_t n) {
 void adamw_ema_block(const AdamwEma &a, int64_t begin, int64_t end) {
     alignas(64) float theta_here[kAdamwEmaBlock], grad_here[kAdamwEmaBlock], ema_here[kAdamwEmaBlock];
     const int64_t n = end - begin;
+    const auto copy = a.stream ? stream_bf16 : static_cast<decltype(&stream_bf16)>(to_bf16);
 
     float *theta = a.theta ? a.theta + begin : theta_here;
     if (a.theta_low) join(a.theta_high + begin, a.theta_low + begin, theta, n);
@@ -114,14 +130,14 @@ void adamw_ema_block(const AdamwEma &a, int64_t begin, int64_t end) {
     adamw(a, theta, grad, a.exp_avg + begin, a.exp_avg_sq + begin, n);
 
     if (a.theta_low) split(theta, a.theta_high + begin, a.theta_low + begin, n);
-    if (a.student) to_bf16(theta, a.student + begin, n);
+    if (a.student) copy(theta, a.student + begin, n);
     if (!a.ema && !a.ema_low) return;
 
     float *ema = a.ema ? a.ema + begin : ema_here;
     if (a.ema_low) join(a.ema_high + begin, a.ema_low + begin, ema, n);
     average(ema, theta, a.take_theta, n);
     if (a.ema_low) split(ema, a.ema_high + begin, a.ema_low + begin, n);
-    if (a.teacher) to_bf16(ema, a.teacher + begin, n);
+    if (a.teacher) copy(ema, a.teacher + begin, n);
     if (a.teacher_fp32) std::memcpy(a.teacher_fp32 + begin, ema, static_cast<std::size_t>(n) * sizeof(float));
 }
 
