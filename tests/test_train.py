@@ -137,8 +137,11 @@ def test_a_second_start_in_the_same_folder_is_refused(full):
 LIKE_THE_FIRST = {
     "k_graphs": dict(method__backward="k_graphs"),
     "recompute, accumulation": dict(train__activations="recompute", train__accumulation=2, train__batch_size=1),
+    "selective": dict(train__activations="selective"),
     "zero 0": dict(deepspeed__stage=0),
     "zero 3": dict(deepspeed__stage=3),
+    "diffusers": dict(backbone="diffusers", train__activations="recompute"),
+    "diffusers, zero 3": dict(backbone="diffusers", deepspeed__stage=3),
     "2 ranks, cache off": dict(train__batch_size=1, ranks=2, conditioning__cache="off"),
     "2 ranks, zero 0": dict(train__batch_size=1, ranks=2, deepspeed__stage=0),
     "2 ranks, zero 3": dict(train__batch_size=1, ranks=2, deepspeed__stage=3),

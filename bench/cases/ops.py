@@ -192,7 +192,7 @@ def speed(op: Op, options: Options) -> list[Row]:
         phases["backward"][name] = partial(torch.autograd.grad, outputs, leaves, seeds, retain_graph=True)
     rounds, rows = (2 if options.quick else options.rounds or 30), []
     for phase, calls in phases.items():
-        once = max(interleaved(calls, 3, 2, options.device)[name][-1] for name in calls)
+        once = max(values[-1] for values in interleaved(calls, 1, 2, options.device).values())
         repeats = 1 if options.quick else max(1, round(5e-3 / once))
         many = {name: partial(_repeat, call, repeats) for name, call in calls.items()}
         taken = interleaved(many, rounds, 2, options.device, options.clock)

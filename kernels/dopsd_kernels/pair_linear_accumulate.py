@@ -64,7 +64,7 @@ def _add(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None
     elif total.is_cuda:
         torch.addmm(total, left, right, out_dtype=total.dtype, alpha=scale, out=total)
     else:
-        total.add_(torch.mm(left, right), alpha=scale)
+        total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=scale)
 
 
 def _check(
