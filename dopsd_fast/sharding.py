@@ -403,10 +403,14 @@ def _reduce_fp32(zero: Any) -> None:
 
 
 def _merged(tensors: list[Tensor]) -> list[Tensor]:
-    """The same elements in fewer tensors: those that lie side by side in one storage become one flat tensor."""
+    """The same elements in fewer tensors: those that lie side by side in one storage become one flat tensor. Their order
+    depends on the given order and on offsets only, never on addresses: a norm over them has the same bits in every run."""
     merged: list[Tensor] = []
     end: Any = None
-    for tensor in sorted(tensors, key=lambda t: (t.untyped_storage()._cdata, t.storage_offset())):
+    first: dict[int, int] = {}
+    for i, tensor in enumerate(tensors):
+        first.setdefault(tensor.untyped_storage()._cdata, i)
+    for tensor in sorted(tensors, key=lambda t: (first[t.untyped_storage()._cdata], t.storage_offset())):
         storage, offset = tensor.untyped_storage()._cdata, tensor.storage_offset()
         if end == (storage, offset) and tensor.is_contiguous() and tensor.dtype == merged[-1].dtype:
             last = merged[-1]

@@ -178,6 +178,10 @@ def test_wrong_type_or_out_of_range_names_the_field_and_the_value(word):
         ("deepspeed.config.train_micro_batch_size_per_gpu=3", ("train_micro_batch_size_per_gpu", "train.batch_size")),
         ("deepspeed.config.bf16.enabled=true train.precision=fp32", ("bf16.enabled", "train.precision")),
         ("deepspeed.config.optimizer.type=Adam", ("optimizer", "train.learning_rate")),
+        ("train.fp8=frozen adapter.kind=full", ("train.fp8", "adapter.kind")),
+        ("train.fp8=teacher adapter.kind=full", ("train.fp8", "teacher.kind")),
+        ("train.fp8=frozen adapter.kind=lora backbone=diffusers", ("train.fp8", "backbone")),
+        ("train.activations=selective backbone=diffusers", ("train.activations", "backbone")),
     ],
 )
 def test_impossible_combinations_name_both(words, names):
@@ -190,6 +194,9 @@ def test_impossible_combinations_name_both(words, names):
     [
         "teacher.kind=frozen teacher.ema_decay=0.5",
         "method.name=sft",
+        "train.fp8=frozen adapter.kind=lora",
+        "train.fp8=teacher teacher.kind=frozen",
+        "backbone=diffusers train.activations=recompute",
         "method.states=off_policy teacher.kind=student method.backward=k_graphs",
         "deepspeed.config.gradient_clipping=1.0 deepspeed.config.train_micro_batch_size_per_gpu=auto",
         "train.warmup=10 train.steps=2",

@@ -244,6 +244,30 @@ def test_flux2_klein_trains_through_the_same_loop(kind, tmp_path):
     assert as_told(job).size == (32, 32)
 
 
+def test_the_forward_is_recorded(full):
+    run, job = full
+    recorded = json.loads((run / "environment.json").read_text())
+    assert {key: recorded[key] for key in ("backbone", "activations", "fp8", "ops")} == {
+        "backbone": "pair", "activations": "keep", "fp8": "off", "ops": "native",
+    }  # fmt: skip
+    assert "cpu_flash" in recorded["attention"] and "forward  pair, attention cpu_flash" in job.out
+
+
+@pytest.mark.parametrize("wrong", [{"backbone": "pair"}, {"train__activations": "selective"}])
+def test_what_only_the_pair_forward_has_is_refused_elsewhere(wrong, tmp_path):
+    source = str(tiny.shared("flux2_klein"))
+    job = start(words(model__path=source, data__path=str(data()), output__dir=str(tmp_path / "run"), **wrong))
+    job.fail("flux2_klein", next(iter(wrong)).replace("__", "."))
+
+
+def test_fp8_trains(tmp_path):
+    """Emulated on the CPU: near the same losses, and not the same."""
+    plain = variant(tmp_path, "plain", adapter__kind="lora")
+    fp8 = variant(tmp_path, "fp8", adapter__kind="lora", train__fp8="frozen")
+    assert [row["loss"] for row in fp8] == pytest.approx([row["loss"] for row in plain], rel=0.2)
+    assert fp8 != plain
+
+
 @pytest.mark.filterwarnings("ignore:.*torch_dtype")
 def test_a_pipeline_in_bfloat16(tmp_path):
     """Exported as it was stored, whatever the run computes in: with fp32 masters the export is their rounding."""
