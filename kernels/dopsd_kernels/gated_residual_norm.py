@@ -52,6 +52,10 @@ from dopsd_kernels.sequences import Sequences
 from dopsd_kernels.triton_compat import tl, triton
 
 
+BACKWARD_ELEMENTS = 8
+"""A thread holds so many of a row's columns: with 16 the assembler of Triton 3.7 spills for compute capability 8.x."""
+
+
 @triton.jit
 def _load_gated(weight, gate, gate_stride, sequence, columns, mask):
     """weight * tanh(gate[sequence]) in fp32."""
@@ -303,7 +307,7 @@ def gated_residual_norm_bwd(
         weight, gate, row_stride(gate), next_weight, next_scale, row_stride(next_scale), rstd_h, rstd_r, row_sequence,
         chunks, dx, dh, y if emit_y else None, *partials,
         WIDTH=width, SPLIT=split, STAGES=pipeline_stages(width, h.element_size(), 4) if asked else 1,
-        **launch_shape(width),
+        **launch_shape(width, BACKWARD_ELEMENTS),
     )  # fmt: skip
     if asked:
         finish(given(*partials), asked, chunks, split)
@@ -483,7 +487,8 @@ def _compile_cases() -> list[CompileCase]:
             backward["next_partial"] = partial if next_norm else None
             split, stages = (MOST_SPLIT, 2) if sums else (1, 1)
             title = f"gated_residual_norm_bwd {name} " + ("sums" if sums else "emit_y")
-            cases.append(kernel_case(title, backward_kernel, backward, width, SPLIT=split, STAGES=stages))
+            case = kernel_case(title, backward_kernel, backward, width, BACKWARD_ELEMENTS, SPLIT=split, STAGES=stages)
+            cases.append(case)
         parts = [(True, gated, True, gated), (True, gated, True, gated)][: 1 + next_norm]
         cases.append(finish_case(f"gated_residual_norm finish {name}", width, io, *parts, gated=gated))
     return cases

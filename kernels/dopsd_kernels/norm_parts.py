@@ -236,9 +236,11 @@ def backward_cost(
     return costs.Cost(launches=2, elementwise_bytes=moved + 2 * costs.size(chunks) + sums)
 
 
-def kernel_case(name: str, kernel: Any, arguments: dict[str, str | None], width: int, **constexprs: int) -> CompileCase:
-    """`arguments`: type of each, None for one that is not given. At the launch shape of `width`."""
-    options = launch_shape(width)
+def kernel_case(
+    name: str, kernel: Any, arguments: dict[str, str | None], width: int, elements: int = 16, **constexprs: int
+) -> CompileCase:
+    """`arguments`: type of each, None for one that is not given. At the launch shape of `width` and `elements`."""
+    options = launch_shape(width, elements)
     absent = {argument: None for argument, kind in arguments.items() if kind is None}
     return CompileCase(
         name=name,
@@ -276,10 +278,10 @@ def row_split(chunk_count: int) -> int:
     return split
 
 
-def launch_shape(width: int) -> dict[str, int]:
-    """BLOCK (the columns of one row) and num_warps: 16 elements a thread at 3840 columns, at most 16 warps."""
+def launch_shape(width: int, elements: int = 16) -> dict[str, int]:
+    """BLOCK (the columns of one row) and num_warps: about `elements` a thread, at most 16 warps."""
     block = max(16, 1 << max(width - 1, 0).bit_length())
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // (32 * elements)))}
 
 
 def pipeline_stages(width: int, element_size: int, rows: int) -> int:
