@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.peers.float64 import wide
 from dopsd_fast.families.zimage_pair import ZImagePair, patchify, unpatchify
 from dopsd_fast.teacher import STUDENT, TEACHER, add_adapters
 from tests import tiny
-from tests.test_oracle import wide
 
 FLOOR = 16
 LUCK = 7

@@ -51,7 +51,6 @@ from dopsd_kernels.norm_parts import (
 from dopsd_kernels.sequences import Sequences
 from dopsd_kernels.triton_compat import tl, triton
 
-
 BACKWARD_ELEMENTS = 8
 """A thread holds so many of a row's columns: with 16 the assembler of Triton 3.7 spills for compute capability 8.x."""
 
