@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bench.peers.float64 import wide
 from dopsd_fast.families.zimage_pair import ZImagePair, patchify, unpatchify
+from dopsd_fast.gradient_sums import GradientSums
 from dopsd_fast.teacher import STUDENT, TEACHER, add_adapters
 from tests import tiny
 
@@ -226,6 +227,31 @@ def test_one_branch_alone_equals_the_pair():
     together = run(STUDENT, TEACHER)
     for name, v in zip((STUDENT, TEACHER), together):
         assert error(run(name)[0], v.double()) <= FLOOR * 2.0**-24
+
+
+@pytest.mark.parametrize("targets", [(), TARGETS, EVERYWHERE, ("layers.0.adaLN_modulation.0", "mlp.2")], ids=len)
+def test_sums_over_the_states_equal_autograds(targets):
+    """The trainer's way, gradients added up beside autograd and delivered once, against a backward for each state."""
+    case = Case(36, targets=targets, dtype=torch.float64)
+    x, t, contexts, cotangent = inputs(case, torch.float64)
+    names, found = (STUDENT, TEACHER), []
+    for summed in (False, True):
+        both = models(case, torch.float64)
+        pair = ZImagePair(both, {branch: branch if targets else "" for branch in names})
+        sums = GradientSums(pair.summed_parameters(STUDENT)) if summed else None
+        layouts = [pair.layout(contexts[name], *case.size, x.device) for name in names]
+        captions = [c.detach() for c in pair.captions_of(names, [contexts[n] for n in names], layouts, torch.float64)]
+        for k in range(3):
+            v_s, _ = pair(x + k, (t + 0.1 * k).clamp(max=1), names, captions, layouts, sums)
+            (v_s * cotangent).sum().backward()
+        if sums is not None:
+            sum(sums.finish()).backward()
+        wanted = {name: p.grad for name, p in both[STUDENT].named_parameters() if p.grad is not None}
+        found.append({name: grad for name, grad in wanted.items() if grad.norm() > 0})
+    plain, ours = found
+    assert plain and plain.keys() == ours.keys()
+    for name, grad in plain.items():
+        assert error(ours[name], grad) < 1e-12, name
 
 
 class Kept:

@@ -281,13 +281,11 @@ class BlockFunction(torch.autograd.Function):
                 stays = (None,) * len(kept)
             elif plan.activations == "selective":
                 stays = tuple(kept._replace(gu=None, xa_up=None, xa_down=None))  # type: ignore[arg-type]
-            # r1 is x itself in a stack's first block.
             ctx.save_for_backward(x, h, gate, *modulation, *stays)
         ctx.set_materialize_grads(False)
-        r2 = kept.r2
         if r2_t is not None and h_t is not None:
             ctx.mark_non_differentiable(r2_t, h_t)
-        return r2, h_next, r2_t, h_t
+        return kept.r2, h_next, r2_t, h_t
 
     @staticmethod
     def backward(ctx: Any, dr2: Tensor | None, dh_next: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
