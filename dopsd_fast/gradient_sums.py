@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,14 +10,17 @@ from torch import Tensor
 
 from dopsd_kernels.pair_linear_accumulate import pair_linear_accumulate
 
+PIECE = 1 << 27
+"""Elements of one allocation of sharded parameters' sums."""
+
 
 class GradientSums:
     """fp32 (float64 for float64 parameters) sums of `parameters`' gradients, zero at first.
 
     Functions that know their gradients add them here, inside a GEMM where they can, and return None for the parameter;
     the backward of what `finish` returns then gives each sum to its parameter as its gradient. So K states cost one
-    accumulation, one hook and no rounding to the parameter's dtype. Not for ZeRO-3: there a parameter has no data, and
-    can take no gradient, outside the backward of its own unit."""
+    accumulation, one hook and no rounding to the parameter's dtype. Under ZeRO-3 only where the parameters stay gathered:
+    elsewhere one has no data, and can take no gradient, outside the backward of its own unit."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
@@ -53,13 +56,27 @@ class GradientSums:
         return _Delivery.apply(sums, *self.parameters)
 
     def _begin(self) -> None:
-        """One allocation for all, set to zero at once."""
-        sizes = [parameter.numel() for parameter in self.parameters]
+        """One allocation for all, set to zero at once; for sharded parameters several, which are freed as they are reduced."""
         first = self.parameters[0]
         wide = torch.promote_types(first.dtype, torch.float32)
-        flat = torch.zeros(sum(sizes), dtype=wide, device=first.device)
-        for parameter, part in zip(self.parameters, flat.split(sizes)):
-            self._sums[id(parameter)] = part.view(parameter.shape)
+        for parameters in _pieces(self.parameters, PIECE if hasattr(first, "ds_id") else None):
+            sizes = [parameter.numel() for parameter in parameters]
+            flat = torch.zeros(sum(sizes), dtype=wide, device=first.device)
+            for parameter, part in zip(parameters, flat.split(sizes)):
+                self._sums[id(parameter)] = part.view(parameter.shape)
+
+
+def _pieces(parameters: Sequence[Tensor], limit: int | None) -> Iterator[list[Tensor]]:
+    """Runs of parameters with up to `limit` elements each, or with one."""
+    piece: list[Tensor] = []
+    size = 0
+    for parameter in parameters:
+        if piece and limit is not None and size + parameter.numel() > limit:
+            yield piece
+            piece, size = [], 0
+        piece.append(parameter)
+        size += parameter.numel()
+    yield piece
 
 
 class _Delivery(torch.autograd.Function):

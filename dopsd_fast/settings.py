@@ -106,6 +106,9 @@ class TrainSettings(Section):
     """Noise, times, prompt choice and order are functions of it."""
     precision: Literal["bf16", "fp32"] = "fp32"
     """Dtype of weights and activations; the optimizer's master copy and the EMA are fp32 either way."""
+    masters: Literal["fp32", "low_bits"] = "fp32"
+    """How the masters and the EMA of bf16 weights are kept: whole in fp32, or only the 16 bits that the bf16 copies lack: the
+    same numbers, 4 bytes a parameter less. low_bits needs precision bf16 and deepspeed.stage 0."""
     activations: Literal["keep", "selective", "recompute"] = "keep"
     """What stays in memory for the backward pass: keep (fastest), selective (all but the wide feed-forward layer, computed
     again), recompute (each block's input; about a third more time)."""
@@ -190,6 +193,10 @@ class SampleSettings(Section):
 class DeepSpeedSettings(Section):
     stage: Annotated[int, Field(ge=0, le=3)] = 2
     """ZeRO stage."""
+    gather: Literal["auto", "step", "sweep", "unit"] = "auto"
+    """How ZeRO-3 gathers the weights: step, once, kept until the optimizer steps (LoRA: the frozen base is not sharded at
+    all); sweep, once for the forwards of all states and once, block by block, for their backwards; unit, before every use.
+    auto is the first of these that fits the memory."""
     config: dict[str, Any] = {}
     """Further DeepSpeed settings, passed through."""
 

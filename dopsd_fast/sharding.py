@@ -9,7 +9,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from dopsd_fast.deepspeed_config import deepspeed_config
 from dopsd_fast.errors import UserError
-from dopsd_fast.teacher import STUDENT, TEACHER, Pair, Trained
+from dopsd_fast.fetching import Fetcher, Holder, Reducer, sharded_parameters
+from dopsd_fast.teacher import STUDENT, TEACHER, Pair, Trained, Turns
 
 if TYPE_CHECKING:
     from dopsd_fast.settings import Settings
@@ -96,6 +97,7 @@ class Engine:
         ranks = init_distributed()
         self.pair, self.rank, self.world, self.device = pair, ranks.rank, ranks.world, ranks.device
         self.stage = int(settings.deepspeed.stage)
+        self.gather = _gather_of(settings)
         self._clip = float(settings.train.grad_clip)
         self._trained = pair.trained()
         params = [trained.student for trained in self._trained]
@@ -112,8 +114,17 @@ class Engine:
             weight_decay=settings.train.weight_decay,
             ema_decay=settings.teacher.ema_decay if self.keeps_ema else None,
         )
-        self._engine = _initialize(pair, self.optimizer, deepspeed_config(settings))
+        config = deepspeed_config(settings)
+        held = Holder(sharded_parameters(pair)) if self.gather in ("step", "sweep") else pair
+        self._engine = _initialize(held, self.optimizer, config)
         self._zero: Any = self._engine.optimizer if self.stage else None  # DeepSpeed's ZeRO optimizer around ours
+        pair.gather, self.fetcher = self.gather, None
+        if pair.fused is not None:
+            pair.fused.hooked = self.gather == "unit"
+        if self.gather in ("step", "sweep"):
+            self.fetcher = Fetcher(pair, bool(config["zero_optimization"].get("zero_quantized_weights")))
+            self.reducer = Reducer(self._zero, [trained.student for trained in self._trained])
+            pair.sweep = self._sweep
         if self.stage in (1, 2) and params[0].dtype != torch.float32:
             _reduce_fp32(self._zero)
         self._fragments = list(self._find_fragments())
@@ -130,13 +141,16 @@ class Engine:
     @contextmanager
     def accumulating(self) -> Iterator[None]:
         """Inside, `backward` adds to this rank's gradients; leaving reduces them over the ranks."""
-        scope = self._engine.coalesce_grad_reduction if self.stage else self._engine.no_sync
+        own = self.fetcher is not None
+        scope = nullcontext if own else self._engine.coalesce_grad_reduction if self.stage else self._engine.no_sync
         with scope():
             try:
                 yield
             except BaseException:
                 self._drop_gradients()
                 raise
+        if own:
+            self.reducer.finish()
         if not self.stage:
             for trained in self._trained:
                 if trained.student.grad is None:
@@ -145,7 +159,15 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of `loss` (scalar, used as it is)."""
-        self._engine.backward(loss)
+        if self.fetcher is not None:
+            loss.backward()
+        else:
+            self._engine.backward(loss)
+
+    def _sweep(self, turns: Turns) -> None:
+        assert self.fetcher is not None
+        self.fetcher.sweep(turns, self.reducer.reduce)
+        self.reducer.reduce_rest()
 
     def step(self, lr: float) -> float:
         """One optimizer step; the global gradient norm before clipping, the same on every rank.
@@ -162,6 +184,8 @@ class Engine:
                 return norm
             self._engine.step()
         else:
+            if self.fetcher is not None:
+                self.fetcher.release()
             self._engine.step()
             norm = float(self._engine.get_global_grad_norm())
             if not self._engine.was_step_applied():
@@ -181,6 +205,8 @@ class Engine:
         return float(norm)
 
     def _drop_gradients(self) -> None:
+        if self.fetcher is not None:
+            self.reducer.forget()
         for trained in self._trained:
             trained.student.grad = None
             trained.student.grad_accum = None
@@ -253,6 +279,8 @@ class Engine:
 
     def _write_partitions(self, values: Iterator[tuple[Any, Tensor]]) -> None:
         """Stage 3: overwrites this rank's partitions; parameters that DeepSpeed keeps gathered are gathered anew."""
+        if self.fetcher is not None:
+            self.fetcher.release()
         gathered = [t for trained in self._trained for t in (trained.teacher, trained.student) if t is not None]
         gathered = [param for param in gathered if param.ds_status.name == "AVAILABLE"]
         if gathered:
@@ -362,6 +390,7 @@ class Engine:
         """What was chosen, for the run's files."""
         return {
             "zero_stage": self.stage,
+            **({"gather": self.gather} if self.gather else {}),
             "world": self.world,
             "device": str(self.device),
             "backend": torch.distributed.get_backend(),
@@ -370,17 +399,26 @@ class Engine:
         }
 
     def close(self) -> None:
-        """Removes DeepSpeed's hooks from the pair; the process group stays."""
+        """Removes DeepSpeed's hooks from the pair, and ours; the process group stays."""
+        if self.fetcher is not None:
+            self.fetcher.close()
         self._engine.destroy()
 
 
-def _initialize(pair: Pair, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+def _gather_of(settings: Settings) -> str | None:
+    """How stage 3 gathers, None elsewhere; "auto" that nobody has decided is "step"."""
+    if settings.deepspeed.stage != 3:
+        return None
+    return "step" if settings.deepspeed.gather == "auto" else settings.deepspeed.gather
+
+
+def _initialize(pair: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
     import deepspeed
     from pydantic import ValidationError
 
     logger = logging.getLogger("DeepSpeed")
     level = logger.level
-    if pair.fused is not None and config["zero_optimization"]["stage"] == 3:
+    if isinstance(pair, Pair) and pair.fused is not None and config["zero_optimization"]["stage"] == 3:
         deepspeed.utils.set_z3_leaf_modules(pair, pair.fused.units, raise_if_not_found=False)
     logger.setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
     try:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dopsd_fast.errors import UserError
 from dopsd_fast.gradient_sums import GradientSums
 from dopsd_fast.objective import Forward, TwoCalls
+from dopsd_fast.tape import Tape
 from dopsd_kernels.fp8_linear import require_fp8
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 STUDENT, TEACHER = "student", "teacher"
 
 Sampler = Callable[[Tensor, Tensor], Tensor]
+Turns = Sequence[tuple[Sequence[nn.Module], Callable[[], None]]]
+"""(units, what to do while their weights are there), one after the other."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Pair(nn.Module):
 
     Both live in one module because ZeRO-3 partitions what is given to it, frozen weights too.
     `lora_config`: PEFT's LoraConfig, None for full fine-tuning. `fused`: the family's pair forward over both, or None:
-    then each runs by itself, through diffusers' own forward.
+    then each runs by itself, through diffusers' own forward. `gather`: how ZeRO-3 holds the weights (see `fetching`), None
+    where it does not shard them; `sweep`: under gather=sweep, goes through turns of units (`Fetcher.sweep`).
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, lora_config: Any = None, fused: Any = None) -> None:
@@ -55,6 +59,8 @@ class Pair(nn.Module):
         self.student = student
         self.teacher = teacher
         self.lora_config = lora_config
+        self.gather: str | None = None
+        self.sweep: Callable[[Turns], None] | None = None
         self._adapted = _adapter_layers(student) if lora_config is not None else []
         self.has_teacher_adapter = any(TEACHER in layer.lora_A for layer in self._adapted)
 
@@ -139,7 +145,8 @@ class FusedForward:
 
     What the states share, the refined captions, is computed here, once, and given to each state without its graph; the
     states' gradients for it are summed (fp32) and `finish` back-propagates them once. So are the gradients of the blocks'
-    parameters, except under ZeRO-3."""
+    parameters, except where ZeRO-3 takes them away between two uses (`Pair.gather`): there each state delivers its own
+    (unit), or the states' graphs wait, cut at the blocks, for `finish` (sweep)."""
 
     def __init__(self, pair: Pair, branches: dict[str, Sequence[Context]], shape: Sequence[int]) -> None:
         self.pair = pair
@@ -153,18 +160,29 @@ class FusedForward:
         if self.shared[0].requires_grad:
             self.given[0].requires_grad_()
             self.given[0].grad_dtype = torch.promote_types(self.dtype, torch.float32)
-        self.sums = None
-        if torch.is_grad_enabled() and not hasattr(weight, "ds_id"):
+        self.sums = self.tape = None
+        if torch.is_grad_enabled() and pair.gather in (None, "step"):
             self.sums = GradientSums(fused.summed_parameters(self.names[0]))
+        elif torch.is_grad_enabled() and pair.gather == "sweep":
+            self.tape = Tape()
 
     def __call__(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
         v = self.pair(x.to(self.dtype), t, call=self._state)
         return v[0], v[1] if len(v) > 1 else None
 
     def _state(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        return self.pair.fused(x, t, self.names, self.given, self.layouts, self.sums)
+        return self.pair.fused(x, t, self.names, self.given, self.layouts, self.sums, self.tape)
 
     def finish(self, backward: Callable[[Tensor], object]) -> None:
+        if self.tape is not None:
+            fused, sweep = self.pair.fused, self.pair.sweep
+            assert sweep is not None
+            turns = [([unit], partial(self.tape.back, unit)) for unit in reversed(fused.path)]
+            sweep([*turns, (fused.caption_path, partial(self._finish_shared, backward))])
+        else:
+            self._finish_shared(backward)
+
+    def _finish_shared(self, backward: Callable[[Tensor], object]) -> None:
         rest = self.sums.finish() if self.sums is not None else []
         gradient = self.given[0].grad
         if gradient is not None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dopsd_fast.gradient_sums import GradientSums
+from dopsd_fast.tape import Tape
 from dopsd_kernels import native_ops
 from dopsd_kernels.attention import choose_attention
 from dopsd_kernels.backend import choose
@@ -212,6 +213,7 @@ class ZImagePair(nn.Module):
         model = next(iter(modules.values()))
         self.config, self.embed_positions = model.config, model.rope_embedder
         self.activations, self.attention, self._check_tokens = activations, attention, check_tokens
+        self.hooked = False
         self.fp8 = FrozenFp8(fp8) if fp8 != "off" else None
         key = f"{model.all_patch_size[0]}-{model.all_f_patch_size[0]}"
 
@@ -265,6 +267,15 @@ class ZImagePair(nn.Module):
         """What ZeRO-3 has to gather as a whole: the functions inside use the parameters themselves."""
         return [Entry, Captions, Block, Close, Exit]
 
+    @property
+    def path(self) -> list[nn.Module]:
+        """What a state goes through before `exit`, in order."""
+        return [self.entry, *self.noise_refiner, self.noise_close, *self.layers]
+
+    @property
+    def caption_path(self) -> list[nn.Module]:
+        return [self.captions, *self.context_refiner, self.context_close]
+
     # ---- once per step -----------------------------------------------------------------------------------------------
 
     def captions_of(self, branches: Sequence[Branch], contexts: Sequence[Sequence[Context]], layouts: Sequence[Layout],
@@ -309,18 +320,21 @@ class ZImagePair(nn.Module):
     # ---- once per state ----------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, t: Tensor, branches: Sequence[Branch], captions: Sequence[Tensor], layouts: Sequence[Layout],
-                sums: GradientSums | None = None) -> tuple[Tensor, ...]:  # fmt: skip
+                sums: GradientSums | None = None, tape: Tape | None = None) -> tuple[Tensor, ...]:  # fmt: skip
         """v `[B, C, h, w]` of each branch at x `[B, C, h, w]` (the model's dtype), t `[B]`; only the first carries gradient.
-        sums: takes the gradients of the blocks' parameters."""
+        sums: takes the gradients of the blocks' parameters. tape: the graph ends at `exit`, and what lies before it waits
+        there, unit by unit of `path`."""
         entered = self.entry(self._traced(x), t.float(), branches, self.config.t_scale)
         tokens = [entered[0] if one is None else one for one in entered[0::2]]
         times = list(entered[1::2])
+        if tape is not None:
+            tokens[0], times[0] = tape.cut(self.entry, tokens[0]), tape.cut(self.entry, times[0])
         if sums is not None and times[0].requires_grad:
             times[0] = sums.modulations.time(times[0])
         packed = [one.image for one in layouts]
-        images = self._stack(self.noise_refiner, self.noise_close, branches, tokens, times, packed, sums)
+        images = self._stack(self.noise_refiner, self.noise_close, branches, tokens, times, packed, sums, tape)
         joint = [self._join(*parts) for parts in zip(images, captions, layouts)]
-        state = self._blocks(self.layers, branches, joint, times, [one.joint for one in layouts], sums)
+        state = self._blocks(self.layers, branches, joint, times, [one.joint for one in layouts], sums, tape)
         velocities = []
         for i, (branch, layout, c) in enumerate(zip(branches, layouts, times)):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i == 0):
@@ -331,7 +345,8 @@ class ZImagePair(nn.Module):
         return tuple(velocities)
 
     def _blocks(self, blocks: nn.ModuleList, branches: Sequence[Branch], tokens: Sequence[Tensor],
-                times: Sequence[Tensor | None], packed: Sequence[Packed], sums: GradientSums | None) -> list[Any]:  # fmt: skip
+                times: Sequence[Tensor | None], packed: Sequence[Packed], sums: GradientSums | None,
+                tape: Tape | None) -> list[Any]:  # fmt: skip
         """(x, h, gate) of each branch after the blocks; h and gate are None where there is no block."""
         plan = Plan(packed[0], packed[1] if len(packed) > 1 else None, self.config.n_heads, self.config.norm_eps,
                     QK_EPS, self.activations, self.attention, sums, self.fp8)  # fmt: skip
@@ -343,24 +358,28 @@ class ZImagePair(nn.Module):
             for i, c in enumerate(times):
                 arguments += [*state[3 * i : 3 * i + 3], c]
             state = list(block(*arguments, plan=plan, branches=branches))[: 3 * len(branches)]
+            if tape is not None:
+                state[:3] = [tape.cut(block, one) for one in state[:3]]
         return state
 
     def _traced(self, x: Tensor) -> Tensor:
-        """`x`, requiring gradient under ZeRO-3, which hangs the end of a unit's backward on the gradient of its input."""
-        if torch.is_grad_enabled() and not x.requires_grad and any(hasattr(p, "ds_id") for p in self.parameters()):
+        """`x`, requiring gradient where DeepSpeed's hooks hang the end of a unit's backward on the gradient of its input."""
+        if self.hooked and torch.is_grad_enabled() and not x.requires_grad:
             return x.detach().requires_grad_()
         return x
 
     def _stack(self, blocks: nn.ModuleList, close: Close, branches: Sequence[Branch], tokens: Sequence[Tensor],
                times: Sequence[Tensor | None], packed: Sequence[Packed],
-               sums: GradientSums | None = None) -> list[Tensor]:  # fmt: skip
-        state = self._blocks(blocks, branches, tokens, times, packed, sums)
+               sums: GradientSums | None = None, tape: Tape | None = None) -> list[Tensor]:  # fmt: skip
+        state = self._blocks(blocks, branches, tokens, times, packed, sums, tape)
         if not len(blocks):
             return list(tokens)
         out = []
         for i, branch in enumerate(branches):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i == 0):
                 out.append(close(branch, *state[3 * i : 3 * i + 3], packed[i].sequences, self.config.norm_eps))
+        if tape is not None:
+            out[0] = tape.cut(close, out[0])
         return out
 
     def _join(self, images: Tensor, captions: Tensor, layout: Layout) -> Tensor:
