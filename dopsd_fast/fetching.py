@@ -146,6 +146,7 @@ class Reducer:
         self._zero, self._parameters = zero, parameters
         self._reduced: set[int] = set()
         zero.set_gradient_accumulation_boundary(True)
+        zero.persistent_parameters.clear()  # would be gathered right after the optimizer step, before the EMA is written
         for hook in zero._grad_acc_hooks:
             hook.remove()
         zero._grad_acc_hooks.clear()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dopsd_fast.deepspeed_config import deepspeed_config
 from dopsd_fast.errors import UserError
 from dopsd_fast.fetching import Fetcher, Holder, Reducer, sharded_parameters
+from dopsd_fast.offload import attach, take_pinning
 from dopsd_fast.teacher import STUDENT, TEACHER, Pair, Trained, Turns
 
 if TYPE_CHECKING:
@@ -113,8 +114,10 @@ class Engine:
             eps=settings.train.eps,
             weight_decay=settings.train.weight_decay,
             ema_decay=settings.teacher.ema_decay if self.keeps_ema else None,
+            masters=settings.train.masters,
         )
         config = deepspeed_config(settings)
+        pinned = take_pinning(config)
         held = Holder(sharded_parameters(pair)) if self.gather in ("step", "sweep") else pair
         self._engine = _initialize(held, self.optimizer, config)
         self._zero: Any = self._engine.optimizer if self.stage else None  # DeepSpeed's ZeRO optimizer around ours
@@ -135,6 +138,7 @@ class Engine:
             self.optimizer.init_state(flat, self.keeps_ema)
         self._teacher_flats = self._flatten_teacher() if self.stage in (1, 2) and self.keeps_ema else []
         self.kinds = ("master", "exp_avg", "exp_avg_sq") + (("ema",) if self.keeps_ema else ())
+        self.offload = attach(self, pinned)
 
     # ---- one step ------------------------------------------------------------------------------------------
 
@@ -190,8 +194,7 @@ class Engine:
             norm = float(self._engine.get_global_grad_norm())
             if not self._engine.was_step_applied():
                 return norm if not math.isfinite(norm) else math.inf
-        if self.stage:
-            self._refresh_teacher()
+        self._refresh_teacher(written=self.offload is not None)
         return norm
 
     def _clip_gradients(self) -> float:
@@ -199,9 +202,7 @@ class Engine:
         grads = _merged([trained.student.grad for trained in self._trained])
         norm = torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).norm()
         if self._clip > 0:
-            factor = 1.0 / ((norm + 1e-6) / self._clip).clamp(min=1.0)
-            for grad in grads:
-                grad.mul_(factor)
+            self.optimizer.grad_scale = float(1.0 / ((norm + 1e-6) / self._clip).clamp(min=1.0))
         return float(norm)
 
     def _drop_gradients(self) -> None:
@@ -239,28 +240,25 @@ class Engine:
                     yield Fragment(trained, offset, numel, flat, start)
 
     def _state(self, fragment: Fragment, kind: str) -> Tensor:
-        """A flat fp32 view: "master", "exp_avg", "exp_avg_sq" or "ema" of the fragment."""
-        state = self.optimizer.state[fragment.flat]
-        whole = state.get("master", fragment.flat) if kind == "master" else state[kind]
-        return whole.detach().view(-1).narrow(0, fragment.start, fragment.numel)
+        """Flat fp32, to be read only: "master", "exp_avg", "exp_avg_sq" or "ema" of the fragment."""
+        return self.optimizer.read(fragment.flat, kind, fragment.start, fragment.numel)
 
     # ---- the teacher's weights -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _refresh_teacher(self) -> None:
-        """Casts the EMA into the teacher's parameters, on every rank."""
-        if not self.keeps_ema:
+    def _refresh_teacher(self, written: bool = False) -> None:
+        """Casts the EMA into the teacher's parameters, on every rank; `written`: this rank's shards have it. At stage 0 the
+        optimizer does."""
+        if not self.keeps_ema or not self.stage:
             return
         if self.stage == 3:
-            self._write_partitions((f.trained.teacher, self._state(f, "ema")) for f in self._fragments)
-        elif self.stage == 0:
-            for fragment in self._fragments:
-                fragment.trained.teacher.data.view(-1).copy_(self._state(fragment, "ema"))
+            fragments = () if written else self._fragments
+            self._write_partitions((f.trained.teacher, self._state(f, "ema")) for f in fragments)
         else:
             for group, whole in enumerate(self._teacher_flats):
                 parts = list(whole.chunk(self.world))
-                flat = self._zero.single_partition_of_fp32_groups[group]
-                parts[self.rank].copy_(self.optimizer.state[flat]["ema"])
+                if not written:
+                    parts[self.rank].copy_(self.optimizer.read(self._flats()[group], "ema"))
                 torch.distributed.all_gather(parts, parts[self.rank].clone())
 
     def _flatten_teacher(self) -> list[Tensor]:
@@ -315,14 +313,12 @@ class Engine:
         for fragment in self._fragments:
             name = fragment.trained.name
             for kind in self.kinds:
-                self._state(fragment, kind).copy_(reader(name, kind, fragment.offset, fragment.numel))
+                values = reader(name, kind, fragment.offset, fragment.numel)
+                self.optimizer.write(fragment.flat, kind, values, fragment.start)
             self.optimizer.state[fragment.flat]["step"] = int(reader(name, "step", 0, 1))
-        if self.stage == 0:
-            for fragment in self._fragments:
-                fragment.trained.student.data.view(-1).copy_(self._state(fragment, "master"))
-        elif self.stage == 3:
+        if self.stage == 3:
             self._write_partitions((f.trained.student, self._state(f, "master")) for f in self._fragments)
-        else:
+        elif self.stage:
             self._zero.update_lp_params()
         self._refresh_teacher()
 
@@ -396,12 +392,16 @@ class Engine:
             "backend": torch.distributed.get_backend(),
             "parameter_dtype": str(self._trained[0].student.dtype).removeprefix("torch."),
             "ema_backend": self.optimizer.ema_backend if self.keeps_ema else "none",
+            "masters": self.optimizer.masters,
+            **(self.offload.describe() if self.offload is not None else {}),
         }
 
     def close(self) -> None:
         """Removes DeepSpeed's hooks from the pair, and ours; the process group stays."""
         if self.fetcher is not None:
             self.fetcher.close()
+        if self.offload is not None:
+            self.offload.close()
         self._engine.destroy()
 
 

@@ -192,12 +192,15 @@ class FusedForward:
             backward(sum(rest[1:], rest[0]))
 
 
-def build_pair(family: Family, settings: Settings, dtype: torch.dtype) -> Pair:
-    """Loads the student in `dtype` and gives it its teacher: initially equal, bit for bit.
+def build_pair(family: Family, settings: Settings, dtype: torch.dtype, device: torch.device | str | None = None) -> Pair:
+    """Loads the student in `dtype` onto `device` (None: where the family loads it) and gives it its teacher there: initially
+    equal, bit for bit.
 
     Raises UserError when an entry of `adapter.targets` matches no linear layer.
     """
     student = family.load_transformer(dtype)
+    if device is not None:
+        student.to(device)
     student.requires_grad_(False)
     kind = settings.teacher.kind
     if settings.adapter.kind == "lora":

@@ -208,6 +208,43 @@ def test_resumes_bit_for_bit(masters: str, dtype: torch.dtype) -> None:
             assert torch.equal(a, b) and torch.equal(teachers[a], other_teachers[b])
 
 
+@pytest.mark.parametrize("copies", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["native", "torch"])
+def test_parts_of_a_step_are_the_step(name: str, copies: torch.dtype) -> None:
+    """Clipping folded into the read of the gradients, and the rounded copies of theta and the average beside it. Plain
+    PyTorch's square root rounds the last elements of a part otherwise; C++ gives the same bits."""
+    whole, parts = (torch.nn.Parameter(torch.linspace(-2, 2, 4099)) for _ in range(2))
+    optimizers = [AdamWEMA([param], lr=1e-2, weight_decay=0.1, ema_decay=0.9) for param in (whole, parts)]
+    optimizers[1].grad_scale = factor = float(torch.tensor(0.3))
+    for step in range(3):
+        set_gradients([whole], step, torch.float32)
+        parts.grad = whole.grad.clone()
+        whole.grad.mul_(factor)
+        student, teacher = (torch.full((4099,), 7.0, dtype=copies) for _ in range(2))
+        with backend.forced(name):
+            optimizers[0].step()
+            hyper = optimizers[1].begin(parts, optimizers[1].param_groups[0])
+            for start in range(0, 4099, 1000):
+                numel = min(1000, 4099 - start)
+                ours = (copy.narrow(0, start, numel) for copy in (student, teacher))
+                optimizers[1].update(parts, hyper, start, numel, *ours)
+        assert optimizers[1].ema_backend == name
+        for kind in ("master", "exp_avg", "exp_avg_sq", "ema"):
+            a, b = (optimizer.read(param, kind) for param, optimizer in zip((whole, parts), optimizers))
+            torch.testing.assert_close(b, a, rtol=0 if name == "native" else 2**-20, atol=0 if name == "native" else 2**-20)
+        assert torch.equal(student, parts.detach().to(copies))
+        assert torch.equal(teacher, optimizers[1].read(parts, "ema").to(copies))
+    assert optimizers[1].state[parts]["step"] == 3
+
+
+def test_parts_need_a_whole_fp32_parameter() -> None:
+    half = torch.nn.Parameter(torch.zeros(6, dtype=torch.bfloat16))
+    optimizer = AdamWEMA([half])
+    hyper = optimizer.begin(half, optimizer.param_groups[0])
+    with pytest.raises(ValueError, match="contiguous fp32 parameter with a gradient"):
+        optimizer.update(half, hyper, 0, 6)
+
+
 def test_a_strided_parameter_is_updated_like_a_contiguous_one() -> None:
     start = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     strided, plain = torch.nn.Parameter(start.t().contiguous().t()), torch.nn.Parameter(start.clone())

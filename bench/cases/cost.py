@@ -167,6 +167,7 @@ def engine(made: Any) -> Any:
     found = Engine.__new__(Engine)
     found.pair, found.rank, found.world, found.device = made, 0, 1, torch.device("meta")
     found.stage, found._zero, found._clip, found.keeps_ema = 0, None, 1.0, True
+    found.gather = found.fetcher = found.offload = None
     found._trained = made.trained()
     parameters = [trained.student for trained in found._trained]
     for parameter in parameters:
@@ -174,8 +175,9 @@ def engine(made: Any) -> Any:
     found.optimizer = AdamWEMA(parameters, ema_decay=0.9999)
     found._engine = SimpleNamespace(step=found.optimizer.step)
     found._fragments = list(found._find_fragments())
-    for parameter in parameters:
-        found.optimizer.init_state(parameter, True)
+    for trained in found._trained:
+        found.optimizer.set_teacher(trained.student, trained.teacher)
+        found.optimizer.init_state(trained.student, True)
     return found
 
 

@@ -18,6 +18,7 @@ _LISTS = ("theta", "theta_low", "grads", "exp_avg", "exp_avg_sq", "ema", "ema_lo
 class AdamWEMA(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101; the formulas of `torch.optim.AdamW`) and an average of its weights.
 
+        g = grad_scale * grad
         theta = theta * (1 - lr * weight_decay)
         m = b1 * m + (1 - b1) * g;   v = b2 * v + (1 - b2) * g^2
         theta = theta - lr / (1 - b1^n) * m / (sqrt(v / (1 - b2^n)) + eps)
@@ -36,6 +37,8 @@ class AdamWEMA(torch.optim.Optimizer):
     `ema_low` instead of `ema`. Such a parameter differs from the rounded master only where two bf16 are equally near.
     `read` and `write` give and take fp32 whatever the storage. Bytes per bf16 parameter, teacher included, gradient
     not: a step moves 32 instead of 36, 16 instead of 20 are held.
+
+    `grad_scale`, 1 unless set: a factor of all gradients that is applied as they are read, so that clipping costs no pass.
 
     A shard of a parameter is a parameter like any other, so ZeRO shards and offloads the average with the moments.
     `torch.optim.Optimizer.load_state_dict` would round `ema` and `master` of a bf16 parameter; use
@@ -63,6 +66,7 @@ class AdamWEMA(torch.optim.Optimizer):
             raise ValueError(f"masters is {masters!r}, must be {' or '.join(MASTERS)}")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, ema_decay=ema_decay))
         self.masters = masters
+        self.grad_scale = 1.0
         self._teachers: dict[Tensor, Tensor] = {}
         for param, teacher in (teachers or {}).items():
             self.set_teacher(param, teacher)
@@ -89,9 +93,8 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def _enqueue(self, calls: dict[Any, Any], param: Tensor, group: dict[str, Any]) -> None:
         """Adds the update of `param` to the call that takes tensors like its own."""
+        number, state = self.begin(param, group), self.state[param]
         decay = group["ema_decay"]
-        state = self.state[param] or self.init_state(param, decay is not None)
-        state["step"] += 1
         theta = state.get("master", param).detach()
         contiguous = theta.is_contiguous()
         grad = param.grad.detach()  # type: ignore[union-attr]
@@ -114,9 +117,37 @@ class AdamWEMA(torch.optim.Optimizer):
         for name, tensor in tensors.items():
             if tensor is not None:
                 lists[name].append(tensor)
+        hyper.append(number)
+
+    # ---- the step of one tensor, part by part ---------------------------------------------------------------
+
+    def begin(self, param: Tensor, group: dict[str, Any]) -> Hyper:
+        """Counts a step of `param`; the numbers of that step, for `update`."""
+        decay = group["ema_decay"]
+        state = self.state[param] or self.init_state(param, decay is not None)
+        state["step"] += 1
         beta1, beta2 = group["betas"]
         decay = 0.0 if decay is None else decay
-        hyper.append(Hyper(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], decay, state["step"]))
+        return Hyper(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], decay, state["step"], self.grad_scale)
+
+    @torch.no_grad()
+    def update(
+        self, param: Tensor, hyper: Hyper, start: int, numel: int, student: Tensor | None = None, teacher: Tensor | None = None
+    ) -> None:
+        """Elements [start, start + numel) of the step that `begin` counted, for a contiguous fp32 `param` with a gradient.
+        `student`, `teacher`: where to write theta and the average too, rounded; `[numel]`, fp32 or bf16. The parts of a step
+        together give the bits of `step`."""
+        state = self.state[param]
+        if param.dtype != torch.float32 or not param.is_contiguous() or param.grad is None:
+            raise ValueError("AdamWEMA.update needs a contiguous fp32 parameter with a gradient")
+        found = dict(
+            theta=param.detach(), grads=param.grad, exp_avg=state["exp_avg"], exp_avg_sq=state["exp_avg_sq"],
+            ema=state.get("ema"),
+        )  # fmt: skip
+        lists = {key: [t.view(-1).narrow(0, start, numel)] for key, t in found.items() if t is not None}
+        lists |= {key: [t] for key, t in (("students", student), ("teachers", teacher)) if t is not None}
+        self.ema_backend = backend_for(lists["theta"], lists["grads"], lists.get("students", []), lists.get("teachers", []))
+        adamw_ema(**lists, hyper=[hyper])
 
     # ---- state ---------------------------------------------------------------------------------------------
 

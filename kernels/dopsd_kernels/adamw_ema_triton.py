@@ -1,6 +1,7 @@
 """AdamW, an exponential moving average of the weights and the rounded copies of both: one pass over memory, any number of
 tensors at once.
 
+    g = grad_scale * grad
     theta = theta * (1 - lr * weight_decay)
     m = b1 * m + (1 - b1) * g;   v = b2 * v + (1 - b2) * g^2
     theta = theta - lr / (1 - b1^n) * m / (sqrt(v / (1 - b2^n)) + eps)
@@ -43,6 +44,7 @@ class Hyper(NamedTuple):
     weight_decay: float
     decay: float
     step: float
+    grad_scale: float = 1.0
 
 
 # ---- Triton ------------------------------------------------------------------------------------------------------------
@@ -130,13 +132,13 @@ def _update_chunk(
     student_at, teacher_at, elements = tl.load(at + 7), tl.load(at + 8), tl.load(at + 9)
     shrink, take_grad, keep_square = tl.load(number), tl.load(number + 1), tl.load(number + 2)
     take_square, root, eps = tl.load(number + 3), tl.load(number + 4), tl.load(number + 5)
-    minus_step, take_theta = tl.load(number + 6), tl.load(number + 7)
+    minus_step, take_theta, grad_scale = tl.load(number + 6), tl.load(number + 7), tl.load(number + 8)
     blocks = CHUNK // BLOCK if FULL else tl.cdiv(tl.minimum(elements - first, CHUNK), BLOCK)
     for block in range(blocks):
         offset = first + block * BLOCK + tl.arange(0, BLOCK)
         mask = None if FULL else offset < elements
         theta = _read_master(theta_at, theta_low_at, offset, mask, THETA_HALVES, ALIGNED)
-        g = _read(grad_at, offset, mask, GRAD, ALIGNED)
+        g = _read(grad_at, offset, mask, GRAD, ALIGNED) * grad_scale
         m = _lerp(_read(m_at, offset, mask, "fp32", ALIGNED), g, take_grad)
         v = tl.fma(take_square * g, g, keep_square * _read(v_at, offset, mask, "fp32", ALIGNED))
         theta = theta * shrink + tl.div_rn(minus_step * m, tl.sqrt_rn(v) * root + eps)
@@ -155,7 +157,7 @@ def _update_chunk(
 @triton.jit
 def adamw_ema_kernel(
     addresses,  # int64 [N, 10]: theta, theta_low, grad, exp_avg, exp_avg_sq, ema, ema_low, student, teacher, elements
-    numbers,  # fp32 [N, 8]: see _numbers
+    numbers,  # fp32 [N, 9]: see _numbers
     chunks,  # int32 [programs, 2]: tensor, chunk of it
     GRAD: tl.constexpr,
     THETA_HALVES: tl.constexpr,
@@ -170,7 +172,7 @@ def adamw_ema_kernel(
     program = tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunks + 2 * program).to(tl.int64)
     first = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
-    at, number = addresses + tensor * 10, numbers + tensor * 8
+    at, number = addresses + tensor * 10, numbers + tensor * 9
     if first + CHUNK <= tl.load(at + 9):
         _update_chunk(at, number, first, True, GRAD, THETA_HALVES, EMA, EMA_HALVES, STUDENT, TEACHER, ALIGNED, CHUNK, BLOCK)
     else:
@@ -195,7 +197,7 @@ def _chunks(elements: tuple[int, ...], device: torch.device) -> Tensor:
 def _numbers(h: Hyper) -> tuple[float, ...]:
     first, second = 1 - h.beta1**h.step, 1 - h.beta2**h.step
     shrink = 1 - h.lr * h.weight_decay
-    return shrink, 1 - h.beta1, h.beta2, 1 - h.beta2, second**-0.5, h.eps, -h.lr / first, 1 - h.decay
+    return shrink, 1 - h.beta1, h.beta2, 1 - h.beta2, second**-0.5, h.eps, -h.lr / first, 1 - h.decay, h.grad_scale
 
 
 def _triton(lists: Sequence[Sequence[Tensor]], hyper: Sequence[Hyper]) -> None:
@@ -228,6 +230,8 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def adamw_ema_ref(theta: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ema: Tensor | None, h: Hyper) -> None:
     """The update in place, fp32 or float64, operation for operation as `torch.optim.AdamW`; `ema` by `lerp_`."""
+    if h.grad_scale != 1:
+        grad = grad * h.grad_scale
     theta.mul_(1 - h.lr * h.weight_decay)
     exp_avg.lerp_(grad, 1 - h.beta1)
     exp_avg_sq.mul_(h.beta2).addcmul_(grad, grad, value=1 - h.beta2)
@@ -274,7 +278,7 @@ def _native_all(lists: Sequence[Sequence[Tensor]], hyper: Sequence[Hyper]) -> No
     update = native_ops._native.adamw_ema
     for i, h in enumerate(hyper):
         theta, theta_low, grad, m, v, ema, ema_low, student, teacher = (t[i] if t else None for t in lists)
-        update(theta, grad, m, v, ema, student, teacher, *h[:-1], int(h.step), 0, theta_low, ema_low)
+        update(theta, grad, m, v, ema, student, teacher, *h[:6], int(h.step), 0, theta_low, ema_low, h.grad_scale)
 
 
 def _half_or_single(tensors: Sequence[Tensor]) -> bool:
@@ -288,8 +292,7 @@ def backend_for(
     native = (
         theta[0].device.type == "cpu"
         and theta[0].dtype != torch.float64
-        and all(_half_or_single(tensors) for tensors in (grads, teachers))
-        and (not students or students[0].dtype == torch.bfloat16)
+        and all(_half_or_single(tensors) for tensors in (grads, students, teachers))
         and native_ops.has("adamw_ema")
     )
     return choose(theta[0], native=native)
@@ -314,7 +317,8 @@ def _adamw_ema(
     teachers: Sequence[Tensor],
     hyper: Sequence[float],
 ) -> None:
-    numbers = [Hyper(*hyper[i : i + 7]) for i in range(0, len(hyper), 7)]
+    size = len(Hyper._fields)
+    numbers = [Hyper(*hyper[i : i + size]) for i in range(0, len(hyper), size)]
     lists = (theta, theta_low, grads, exp_avg, exp_avg_sq, ema, ema_low, students, teachers)
     backend = backend_for(theta, grads, students, teachers)
     if backend == "triton":
@@ -333,7 +337,7 @@ def _(theta, theta_low, grads, exp_avg, exp_avg_sq, ema, ema_low, students, teac
 @declares("dopsd::adamw_ema")
 def _cost(theta, theta_low, grads, exp_avg, exp_avg_sq, ema, ema_low, students, teachers, hyper, out=None) -> Cost:
     updated = (*theta, *theta_low, *exp_avg, *exp_avg_sq, *ema, *ema_low)
-    tables = sum(10 * 8 + 8 * 4 + 8 * -(-t.numel() // CHUNK) for t in theta)
+    tables = sum(10 * 8 + 9 * 4 + 8 * -(-t.numel() // CHUNK) for t in theta)
     return Cost(launches=1, elementwise_bytes=2 * size(*updated) + size(*grads, *students, *teachers) + tables)
 
 

@@ -110,6 +110,37 @@ def test_without_average_and_copies() -> None:
         torch.testing.assert_close(other, results[2], rtol=2**-20, atol=2**-20)
 
 
+@pytest.mark.parametrize("dtype", GRADS)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_gradients_are_scaled_as_they_are_read(name: str, dtype: torch.dtype) -> None:
+    """By a power of two, which is exact before and after rounding to any dtype; another factor, of fp32 gradients, rounds the
+    product once."""
+    device = DEVICE if name == "triton" else "cpu"
+    factors = [0.25, 1.0] + ([0.3] if dtype == torch.float32 and name != "triton" else [])  # Triton may fuse the product
+    for factor in factors:
+        results = []
+        for folded in (True, False):
+            theta, m, v = (torch.linspace(-1, 1, 5001, device=device).cos().mul(scale) for scale in (1.0, 0.5, 0.1))
+            grad = torch.linspace(-2, 3, 5001, device=device).sin().to(dtype)
+            grad, scale = (grad, factor) if folded else (grad * torch.tensor(factor, dtype=dtype), 1.0)
+            hyper = [numbers(3, 1)[0]._replace(grad_scale=float(torch.tensor(scale)))]
+            with backend.forced(name):
+                adamw_ema([theta], [grad], [m], [v], hyper)
+            results.append((theta, m, v))
+        assert all(torch.equal(a, b) for a, b in zip(*results)), factor
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_fp32_copies_are_the_masters(name: str) -> None:
+    device = DEVICE if name == "triton" else "cpu"
+    theta, grad, m, v, ema = (torch.rand(5001, device=device) for _ in range(5))
+    student, teacher = torch.empty_like(theta), torch.empty_like(theta)
+    with backend.forced(name):
+        assert backend_for([theta], [grad], [student], [teacher]) == name
+        adamw_ema([theta], [grad], [m], [v], numbers(1, 1), ema=[ema], students=[student], teachers=[teacher])
+    assert torch.equal(student, theta) and torch.equal(teacher, ema)
+
+
 # ---- halves ------------------------------------------------------------------------------------------------------------
 
 
@@ -166,7 +197,7 @@ def test_declared_cost() -> None:
         torch.ops.dopsd.adamw_ema(*arguments)
     cost = COSTS["dopsd::adamw_ema"](*arguments, out=None)
     assert cost.launches == launch.count - before == 1 and cost.gemms == cost.flops == 0
-    tables = 3 * (80 + 32) + 8 * (0 + 1 + 2)  # addresses and numbers of a tensor; chunks
+    tables = 3 * (80 + 36) + 8 * (0 + 1 + 2)  # addresses and numbers of a tensor; chunks
     assert cost.elementwise_bytes == 5005 * (4 * 8 + 3 * 2) + tables
 
 
@@ -267,7 +298,7 @@ def test_native_instruction_sets_are_equally_right(isa: str) -> None:
         (2, torch.zeros(8), "exp_avg has 8 elements, the others have 9"),
         (3, torch.zeros(18)[::2], "exp_avg_sq must be contiguous"),
         (4, None, "teacher needs ema"),
-        (5, torch.zeros(9), "student must be bfloat16"),
+        (5, torch.zeros(9, dtype=torch.float16), "student must be bfloat16 or float32"),
         (6, torch.zeros(9, dtype=torch.float16), "teacher must be bfloat16 or float32"),
         ("step", 0, "step must be 1 or more"),
         ("beta1", 1.0, "must lie in 0..1"),

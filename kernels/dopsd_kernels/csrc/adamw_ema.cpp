@@ -37,6 +37,8 @@ constexpr nb::dlpack::dtype kInt16{static_cast<std::uint8_t>(nb::dlpack::dtype_c
     throw nb::value_error(("adamw_ema: " + std::string(name) + " " + what).c_str());
 }
 
+using Half = std::uint16_t;
+
 // Checks that all arrays have the same number of elements, and are what the update needs.
 class Arrays {
   public:
@@ -61,6 +63,12 @@ class Arrays {
         return static_cast<Element *>(array.data());
     }
 
+    // A rounded copy: one of the two is set, or none where the array was not given.
+    void copy(const nb::ndarray<> &array, const char *name, Half *&half, float *&single) {
+        if (array.is_valid() && array.dtype() == kFloat32) single = fp32(array, name);
+        else half = writable<Half>(array, name, kBfloat16, "bfloat16 or float32");
+    }
+
     float *fp32(const nb::ndarray<> &array, const char *name) {
         return writable<float>(array, name, kFloat32, "float32");
     }
@@ -68,12 +76,10 @@ class Arrays {
     std::int64_t size = -1;
 };
 
-using Half = std::uint16_t;
-
 void adamw_ema(nb::ndarray<> theta, nb::ndarray<nb::ro> grad, nb::ndarray<> exp_avg, nb::ndarray<> exp_avg_sq,
                nb::ndarray<> ema, nb::ndarray<> student, nb::ndarray<> teacher, double lr, double beta1, double beta2,
                double eps, double weight_decay, double decay, std::int64_t step, int threads, nb::ndarray<> theta_low,
-               nb::ndarray<> ema_low) {
+               nb::ndarray<> ema_low, double grad_scale) {
     AdamwEma a;
     Arrays arrays;
     if (theta_low.is_valid()) {
@@ -95,10 +101,9 @@ void adamw_ema(nb::ndarray<> theta, nb::ndarray<nb::ro> grad, nb::ndarray<> exp_
     } else {
         a.ema = arrays.fp32(ema, "ema");
     }
-    a.student = arrays.writable<Half>(student, "student", kBfloat16, "bfloat16");
+    arrays.copy(student, "student", a.student, a.student_fp32);
     if (teacher.is_valid() && !ema.is_valid()) reject("teacher", "needs ema, of which it is the copy");
-    if (teacher.is_valid() && teacher.dtype() == kFloat32) a.teacher_fp32 = arrays.fp32(teacher, "teacher");
-    else a.teacher = arrays.writable<Half>(teacher, "teacher", kBfloat16, "bfloat16 or float32");
+    arrays.copy(teacher, "teacher", a.teacher, a.teacher_fp32);
 
     if (step < 1) reject("step", "must be 1 or more");
     if (!(beta1 >= 0.0 && beta1 < 1.0 && beta2 >= 0.0 && beta2 < 1.0)) reject("beta1, beta2", "must lie in 0..1, below 1");
@@ -106,6 +111,7 @@ void adamw_ema(nb::ndarray<> theta, nb::ndarray<nb::ro> grad, nb::ndarray<> exp_
     if (threads < 0) reject("threads", "must not be negative");
 
     const auto n = static_cast<double>(step);
+    a.grad_scale = static_cast<float>(grad_scale);
     a.shrink = static_cast<float>(1.0 - lr * weight_decay);
     a.take_grad = static_cast<float>(1.0 - beta1);
     a.keep_square = static_cast<float>(beta2);
@@ -143,13 +149,14 @@ void register_adamw_ema(nb::module_ &m) {
           nb::arg("student").noconvert().none(), nb::arg("teacher").noconvert().none(), nb::arg("lr"), nb::arg("beta1"),
           nb::arg("beta2"), nb::arg("eps"), nb::arg("weight_decay"), nb::arg("decay"), nb::arg("step"),
           nb::arg("threads") = 0, nb::arg("theta_low").noconvert().none() = nb::none(),
-          nb::arg("ema_low").noconvert().none() = nb::none(),
+          nb::arg("ema_low").noconvert().none() = nb::none(), nb::arg("grad_scale") = 1.0,
           "One AdamW update, then the average of the weights, in place and in one pass over memory.\n\n"
+          "    g = grad_scale * grad\n"
           "    theta *= 1 - lr * weight_decay;  m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2\n"
           "    theta -= lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)\n"
-          "    ema = decay * ema + (1 - decay) * theta;  student = bf16(theta);  teacher = ema\n\n"
+          "    ema = decay * ema + (1 - decay) * theta;  student = theta;  teacher = ema\n\n"
           "Contiguous CPU arrays of one size. theta, exp_avg (m), exp_avg_sq (v), ema: float32; grad: float32 or bfloat16;\n"
-          "student: bfloat16; teacher: bfloat16 or float32; ema, student and teacher may be None. With theta_low (int16)\n"
+          "student, teacher: bfloat16 or float32; ema, student and teacher may be None. With theta_low (int16)\n"
           "theta is bfloat16 and the two hold the bits of a float32 (high = nearest bfloat16, low = the rest); likewise\n"
           "ema and ema_low. Computed in float32; the same bits for any number of threads\n"
           "(0: OpenMP's own). Releases the GIL. ValueError on a wrong dtype, size, layout or number.");

@@ -8,7 +8,7 @@
 namespace dopsd {
 
 // A null pointer: not asked for. Exactly one of (theta) and (theta_high, theta_low) is given, one of the two gradients, at
-// most one of (ema) and (ema_high, ema_low). `_high`, `_low`: the halves of a float, as `split` in adamw_ema_kernels.cpp
+// most one of (ema) and (ema_high, ema_low), of (student) and (student_fp32), of (teacher) and (teacher_fp32). `_high`, `_low`: the halves of a float, as `split` in adamw_ema_kernels.cpp
 // makes them; `_high`, like every other uint16_t here, is a bfloat16.
 struct AdamwEma {
     float *theta = nullptr;
@@ -19,9 +19,10 @@ struct AdamwEma {
     float *ema = nullptr;
     std::uint16_t *ema_high = nullptr, *ema_low = nullptr;
     std::uint16_t *student = nullptr, *teacher = nullptr;
-    float *teacher_fp32 = nullptr;
+    float *student_fp32 = nullptr, *teacher_fp32 = nullptr;
     bool stream = false;  // writes student and teacher past the caches; the thread must then end with a store fence
 
+    float grad_scale;   // of every gradient as it is read
     float shrink;       // 1 - lr * weight_decay
     float take_grad;    // 1 - beta1
     float keep_square;  // beta2

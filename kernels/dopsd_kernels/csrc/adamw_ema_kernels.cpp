@@ -97,10 +97,10 @@ struct Lerp {
 
 void adamw(const AdamwEma &a, float *theta, const float *grad, float *exp_avg, float *exp_avg_sq, int64_t n) {
     const Lerp toward_grad(a.take_grad);
-    const Vec shrink = a.shrink, keep = a.keep_square, take = a.take_square, root = a.root, eps = a.eps;
+    const Vec scale = a.grad_scale, shrink = a.shrink, keep = a.keep_square, take = a.take_square, root = a.root, eps = a.eps;
     const Vec minus_step = a.minus_step;
     columns(n, [&](int64_t i, auto part) {
-        const Vec g = load(grad + i, part);
+        const Vec g = load(grad + i, part) * scale;
         const Vec m = toward_grad(load(exp_avg + i, part), g);
         const Vec v = fma(take * g, g, keep * load(exp_avg_sq + i, part));
         const Vec denominator = square_root(v) * root + eps;
@@ -131,6 +131,7 @@ void adamw_ema_block(const AdamwEma &a, int64_t begin, int64_t end) {
 
     if (a.theta_low) split(theta, a.theta_high + begin, a.theta_low + begin, n);
     if (a.student) copy(theta, a.student + begin, n);
+    if (a.student_fp32) std::memcpy(a.student_fp32 + begin, theta, static_cast<std::size_t>(n) * sizeof(float));
     if (!a.ema && !a.ema_low) return;
 
     float *ema = a.ema ? a.ema + begin : ema_here;
