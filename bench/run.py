@@ -16,8 +16,9 @@ SUITES = {
     "kernels": "each op against plain PyTorch",
     "optimizer": "AdamW + EMA against torch's fused AdamW and a separate EMA",
     "step": "a whole training step against the published one and its stronger variants",
+    "zero": "what ranks send each other in a step, and its time, by ZeRO stage and arrangement",
 }
-"""Suite -> what it shows. Each is `run(options) -> list[Row]` in bench/cases."""
+"""Suite -> what it shows. Each is `run(options) -> list[Row]` in bench/cases; zero takes the numbers of ranks, too."""
 MODULES = {"kernels": "ops"}  # a module called kernels would hide Hugging Face's package
 
 
@@ -45,7 +46,8 @@ def main(argv: list[str]) -> int:
     rows = []
     try:
         for suite in dict.fromkeys(arguments.suites or SUITES):
-            found = importlib.import_module(f"bench.cases.{MODULES.get(suite, suite)}").run(options)
+            own = {"ranks": tuple(arguments.ranks)} if suite == "zero" else {}
+            found = importlib.import_module(f"bench.cases.{MODULES.get(suite, suite)}").run(options, **own)
             show(suite, found)
             rows += found
             if arguments.out:
@@ -74,7 +76,10 @@ def parser() -> argparse.ArgumentParser:
                        help="cpu: CPU time of this process, for --threads 1 on a busy machine")  # fmt: skip
     found.add_argument("--peers", nargs="*", default=["R1", "R2", "R3", "R4"], choices=["R1", "R2", "R3", "R4"],
                        help="step: whom to compare with")  # fmt: skip
-    found.add_argument("--kinds", nargs="*", default=["lora", "full"], choices=["lora", "full"], help="step: what trains")
+    found.add_argument("--kinds", nargs="*", default=["lora", "full"], choices=["lora", "full"],
+                       help="cost, step, zero: what trains")  # fmt: skip
+    found.add_argument("--ranks", nargs="+", type=int, default=[], metavar="N",
+                       help="zero: numbers of ranks (default: 2, on GPUs one each)")  # fmt: skip
     return found
 
 

@@ -56,14 +56,28 @@ class GradientSums:
         return _Delivery.apply(sums, *self.parameters)
 
     def _begin(self) -> None:
-        """One allocation for all, set to zero at once; for sharded parameters several, which are freed as they are reduced."""
+        """What an earlier micro-batch of the step has left, to go on with; the rest in one allocation, set to zero at once, or
+        for sharded parameters in several, which are freed as they are reduced."""
         first = self.parameters[0]
         wide = torch.promote_types(first.dtype, torch.float32)
-        for parameters in _pieces(self.parameters, PIECE if hasattr(first, "ds_id") else None):
+        self._sums = {id(p): grad for p in self.parameters if (grad := _taken(p, wide)) is not None}
+        new = [p for p in self.parameters if id(p) not in self._sums]
+        for parameters in _pieces(new, PIECE if hasattr(first, "ds_id") else None):
             sizes = [parameter.numel() for parameter in parameters]
             flat = torch.zeros(sum(sizes), dtype=wide, device=first.device)
             for parameter, part in zip(parameters, flat.split(sizes)):
                 self._sums[id(parameter)] = part.view(parameter.shape)
+
+
+def _taken(parameter: Any, dtype: torch.dtype) -> Tensor | None:
+    """The gradient that a parameter holds, if its sum can go on in it: the parameter then holds none. `grad_accum`: where
+    DeepSpeed's stages 1 and 2 keep fp32 sums of bf16 parameters' gradients."""
+    for name in ("grad", "grad_accum"):
+        grad = getattr(parameter, name, None)
+        if grad is not None and grad.dtype == dtype and grad.shape == parameter.shape and grad.is_contiguous():
+            setattr(parameter, name, None)
+            return grad
+    return None
 
 
 def _pieces(parameters: Sequence[Tensor], limit: int | None) -> Iterator[list[Tensor]]:
@@ -76,7 +90,8 @@ def _pieces(parameters: Sequence[Tensor], limit: int | None) -> Iterator[list[Te
             piece, size = [], 0
         piece.append(parameter)
         size += parameter.numel()
-    yield piece
+    if piece:
+        yield piece
 
 
 class _Delivery(torch.autograd.Function):

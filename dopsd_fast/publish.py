@@ -1,7 +1,12 @@
-"""The end of a run: student and teacher exported, read back, and compared with the live model."""
+"""The end of a run: student and teacher exported, read back, and compared with the live model.
+
+One tensor at a time is whole on a rank, and the files are compared with the live weights in the same way. That the exported
+model draws the same picture is looked at where there is room for a second copy of it.
+"""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,8 +39,11 @@ def publish(trainer: Trainer) -> list[str]:
             continue
         out = trainer.folder / name
         _export(trainer, branch, out)
-        difference = _compare(trainer, branch, out)
-        lines.append(f"{name + '/':14} {branch}, read back: pixels differ by at most {difference} of 255")
+        _check_weights(trainer, branch, out)
+        said = "every weight is the live one"
+        if not trainer.engine.any(not _has_room(trainer)):
+            said = f"pixels differ by at most {_compare(trainer, branch, out)} of 255"
+        lines.append(f"{name + '/':14} {branch}, read back: {said}")
     return lines + _how_to_sample(trainer)
 
 
@@ -53,6 +61,61 @@ def _export(trainer: Trainer, branch: str, out: Path) -> None:
     for _ in tensors:  # the other ranks take part in every gather, and so does rank 0 after a failure
         pass
     trainer.agree(problem)
+
+
+def _check_weights(trainer: Trainer, branch: str, out: Path) -> None:
+    """Every exported tensor has the bits of the live one in the type that it is stored in. Raises UserError on every rank."""
+    from safetensors import SafetensorError, safe_open
+
+    full, problem = trainer.pair.lora_config is None, ""
+    prefix = "" if full else "base_model.model."
+    stored: dict[str, Any] = {}
+    with ExitStack() as opened:
+        if trainer.rank == 0:
+            try:
+                for file in weight_files(out / "transformer") if full else [out / "adapter_model.safetensors"]:
+                    handle = opened.enter_context(safe_open(file, framework="pt"))
+                    stored |= dict.fromkeys(handle.keys(), handle)
+            except (OSError, SafetensorError, UserError) as error:
+                problem = f"{out} was written but cannot be read back: {error}"
+        for name, tensor in trainer.engine.full_tensors(branch):  # a collective call: nobody leaves early
+            if trainer.rank or problem:
+                continue
+            try:
+                found = stored[prefix + name].get_tensor(prefix + name)
+                if not torch.equal(_bits(found), _bits(tensor.to(found.dtype))):
+                    problem = f"{out} was read back and its {name} is not what was written: do not use this export"
+            except (OSError, SafetensorError, KeyError) as error:
+                problem = f"{out} was written but its {name} cannot be read back: {error}"
+    trainer.agree(problem)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _has_room(trainer: Trainer) -> bool:
+    """Whether rank 0 can hold the exported model, and sample from it, beside what it trains: not where a model is sharded
+    over accelerators because it does not fit, nor where the memory left is less than half as much again."""
+    if trainer.rank:
+        return True
+    needed = 1.5 * trainer.parameters * trainer.dtype.itemsize
+    if trainer.device.type != "cpu":
+        if trainer.engine.stage == 3 and trainer.world > 1:
+            return False
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info(trainer.device)[0] < needed:
+            return False
+    return _free_memory() > needed
+
+
+def _free_memory() -> float:
+    """Bytes of main memory that are free or can be had from the file cache; infinite where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return float("inf")
 
 
 def _compare(trainer: Trainer, branch: str, out: Path) -> int:

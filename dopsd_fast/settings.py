@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from dopsd_fast import settings_source
+from dopsd_fast import deepspeed_config, settings_source
 from dopsd_fast.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parent
@@ -296,32 +296,4 @@ def _contradictions(s: Settings) -> list[str]:
             f"conditioning.context={s.conditioning.context} with model.family={s.model.family}: "
             f"that family has {family_context}"
         )
-    return found + _deepspeed_contradictions(s)
-
-
-def _deepspeed_contradictions(s: Settings) -> list[str]:
-    """DeepSpeed keys that this program sets itself: deepspeed.config may repeat our value or say "auto", no other."""
-    ours = {
-        "train_micro_batch_size_per_gpu": ("train.batch_size", s.train.batch_size),
-        "gradient_accumulation_steps": ("train.accumulation", s.train.accumulation),
-        "gradient_clipping": ("train.grad_clip", s.train.grad_clip),
-        "zero_optimization.stage": ("deepspeed.stage", s.deepspeed.stage),
-        "bf16.enabled": ("train.precision", s.train.precision == "bf16"),
-        "fp16.enabled": ("train.precision", False),
-    }
-    found = []
-    for key, (name, value) in ours.items():
-        given: Any = s.deepspeed.config
-        for part in key.split("."):
-            given = given.get(part, "auto") if isinstance(given, dict) else "auto"
-        if given != "auto" and given != value:
-            shown = s.train.precision if name == "train.precision" else value
-            found.append(f"deepspeed.config has {key}={given!r}, {name} is {shown}: set {name} alone")
-    for key, instead in {
-        "train_batch_size": "train.batch_size and train.accumulation",
-        "optimizer": "train.learning_rate, train.betas and train.weight_decay",
-        "scheduler": "train.schedule and train.warmup",
-    }.items():
-        if s.deepspeed.config.get(key, "auto") != "auto":
-            found.append(f"deepspeed.config has {key}, which this program sets itself: use {instead}")
-    return found
+    return found + deepspeed_config.contradictions(s)

@@ -37,8 +37,9 @@ def read_layers(argv: list[str], model: type[BaseModel], recipes: Path, default:
     layers: Layers = {}
     if "recipe" in known:
         layers["recipe"] = (path.stem, str(path))
-    for name, value in _flatten(_read_toml(path), known, str(path)):
-        layers[name] = (value, str(path))
+    for file, table in _recipe_chain(path, recipes):
+        for name, value in _flatten(table, known, str(file)):
+            layers[name] = (value, str(file))
     for assignment in assignments:
         name, _, text = assignment.partition("=")
         name = name.strip()
@@ -133,6 +134,22 @@ def _recipe_path(recipe: str, recipes: Path) -> Path:
         meant = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(f"unknown recipe {recipe}{meant}: there are {', '.join(names)}, or name a .toml file")
     return recipes / f"{recipe}.toml"
+
+
+def _recipe_chain(path: Path, recipes: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The recipe and those that it `extends`, the furthest first."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    while True:
+        table = _read_toml(path)
+        base = table.pop("extends", None)
+        chain.insert(0, (path, table))
+        if base is None:
+            return chain
+        if not isinstance(base, str):
+            raise UserError(f"extends = {_shown(base)} in {path}: must be the name of a recipe")
+        path = _recipe_path(base, recipes)
+        if any(path == known for known, _ in chain):
+            raise UserError(f"extends = {base!r} in {chain[0][0]}: these recipes extend each other")
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

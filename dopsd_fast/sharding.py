@@ -339,7 +339,7 @@ class Engine:
                 value = self._value(fragment, which)
                 whole.narrow(0, fragment.offset, fragment.numel).copy_(value)
             if self.stage:
-                torch.distributed.reduce(whole, dst=0)
+                torch.distributed.reduce(whole.view(torch.int32), dst=0)  # zeros elsewhere: every bit stays, -0.0 too
             yield trained.name, whole.view(shape).cpu() if self.rank == 0 else torch.empty(0)
         if self.pair.lora_config is None:
             for name, buffer in _persistent_buffers(self.pair.student):

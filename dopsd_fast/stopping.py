@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -18,6 +19,16 @@ class StopRequest:
         self.reason: str | None = None
         self.code = 0
         self.launchers = _launchers()
+
+    def before_armed(self, call: Callable[[], None]) -> None:
+        """From now until `arm`, SIGTERM runs `call` and then acts as usual."""
+
+        def end(number: int, frame: object) -> None:
+            call()
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+        signal.signal(signal.SIGTERM, end)
 
     def arm(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

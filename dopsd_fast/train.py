@@ -9,6 +9,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HE
 sys.path.insert(0, str(HERE.parent))
 
 from dopsd_fast.errors import AgreedError, UserError  # noqa: E402
+from dopsd_fast.peers import LostPeer  # noqa: E402
 from dopsd_fast.settings import help_text, load_settings, wants_help  # noqa: E402
 from dopsd_fast.stopping import StopRequest  # noqa: E402
 
@@ -28,6 +29,11 @@ def main(argv: list[str]) -> int:
         from dopsd_fast.trainer import train
 
         return train(settings, stop)
+    except LostPeer as error:
+        if error.speaks:
+            complain(str(error))
+        sys.stdout.flush()
+        os._exit(2)  # what libraries do at the end may wait for the rank that is gone
     except UserError as error:
         if rank == 0:
             complain(str(error))

@@ -17,12 +17,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dopsd_fast import checkpoints
+from dopsd_fast import agreement, checkpoints
 from dopsd_fast.buckets import Item, item_noise, item_seed, micro_batch, plan_epoch
 from dopsd_fast.conditioning.cache import ContextCache
+from dopsd_fast.deepspeed_config import check_world
 from dopsd_fast.errors import AgreedError, UserError
 from dopsd_fast.families import open_family
+from dopsd_fast.memory_moments import Machine
 from dopsd_fast.objective import NonFiniteLoss, StepInputs, StepReport, make_objective
+from dopsd_fast.peers import Peers
+from dopsd_fast.plan import Plan, make_plan
 from dopsd_fast.publish import publish
 from dopsd_fast.records import Record, read_records
 from dopsd_fast.run_folder import FolderLock, open_run
@@ -36,63 +40,76 @@ from dopsd_fast.trajectory import draw_times, grid_shift
 
 T = TypeVar("T")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
-"""What gloo says in a plain RuntimeError when another process has gone."""
+LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "gloo/transport")
+"""What gloo says in a plain RuntimeError when another process has gone; the last is the source folder of all such messages."""
 
 
 def train(settings: Settings, stop: StopRequest) -> int:
     """Runs or continues the run that `settings` describes; the process's exit code. Every rank calls it.
 
     0: finished. 128 + N: stopped by signal N, state saved. Raises UserError for whatever the user can put right, the same
-    on every rank where it can.
+    on every rank where it can, and LostPeer when another rank is gone.
     """
     outlive_console()
-    try:
-        quiet_libraries()
-        return Trainer(settings, stop).run()
-    except OSError as error:
-        where = error.filename or f"in {settings.output.dir or 'the run folder'}"
-        raise UserError(f"cannot read or write {where}: {error.strerror or error}; the last checkpoint is intact, "
-                        "resume=auto continues from it") from error
-    except RuntimeError as error:
-        if not isinstance(error, torch.distributed.DistError) and not any(sign in str(error) for sign in LOST_CONTACT):
-            raise
-        said = " ".join(str(error).split())[:120]
-        raise UserError(f"no contact with another rank, which has ended, was killed or cannot be reached ({said}...): "
-                        "see its message; resume=auto continues from the last checkpoint") from error
+    with Peers() as peers:
+        try:
+            quiet_libraries()
+            return Trainer(settings, stop, peers).run()
+        except OSError as error:
+            where = error.filename or f"in {settings.output.dir or 'the run folder'}"
+            raise UserError(f"cannot read or write {where}: {error.strerror or error}; the last checkpoint is intact, "
+                            "resume=auto continues from it") from error
+        except RuntimeError as error:
+            if not isinstance(error, torch.distributed.DistError) and not any(sign in str(error) for sign in LOST_CONTACT):
+                raise
+            raise peers.missing(error) from error
+        finally:
+            stop.ignore()
 
 
 class Trainer:
     """One run on one rank: what is built before the loop, the loop, and what is left behind."""
 
-    def __init__(self, settings: Settings, stop: StopRequest) -> None:
-        self.settings, self.stop = settings, stop
+    def __init__(self, settings: Settings, stop: StopRequest, peers: Peers) -> None:
+        self.settings, self.stop, self.peers = settings, stop, peers
         ranks = init_distributed()
+        peers.meet()
+        stop.before_armed(peers.told)
         self.rank, self.world, self.device = ranks.rank, ranks.world, ranks.device
+        self.local_world = int(os.environ.get("LOCAL_SIZE", self.world))  # as DeepSpeed's launcher sets it
         self._set_threads()
         torch.manual_seed(settings.train.seed)
         self.dtype = DTYPES[settings.train.precision]
 
         self.global_batch = settings.train.batch_size * settings.train.accumulation * self.world
         self.objective = make_objective(settings)
+        self.compare(agreement.of_program(settings))
+        with self.together():
+            check_world(settings, self.world, self.device.type)
         with self.together():
             self.family = open_family(settings.model.folder, self._conditioning(), settings.model.family)
             self.data = read_records(settings.data, self.family.pixel_multiple)
             self.batches_per_epoch = len(self._plan(0))
             self._check_model()
+            self.compare(agreement.of_input(self.family, self.data))
+        self.plan = self._rank0(self._planned)
         self.lock = FolderLock()
         self.folder, found = self._rank0(lambda: open_run(settings, self.global_batch, self.lock, self.say))
+        peers.register(self.folder)
         self.first = int(checkpoints.read_extra(found)["step"]) if found is not None else 0
         if self.first > settings.train.steps:
             raise AgreedError(f"{self.folder} has done {self.first} steps, more than train.steps={settings.train.steps}")
         with self.together():
             self.cache, self.keys = self._fill_cache()
         with self.together():
-            self.pair = build_pair(self.family, settings, self.dtype).to(self.device)
+            self.pair = build_pair(self.family, settings, self.dtype, self.device).to(self.device)
             self.parameters = sum(p.numel() for name, p in self.pair.student.named_parameters() if ".lora_" not in name)
-        self.engine = Engine(self.pair, settings)
+        gather = {"gather": self.plan.gather} if self.plan.gather else {}
+        planned = settings.model_copy(update={"deepspeed": settings.deepspeed.model_copy(update=gather)})
+        self.engine = Engine(self.pair, planned)
         if found is not None:
-            checkpoints.load(found, self.engine)
+            with self.together():
+                checkpoints.load(found, self.engine)
         with self.together():
             self.showcase = Showcase(self)
         self.phases = Phases(self.device)
@@ -100,11 +117,18 @@ class Trainer:
 
     # ---- before the loop -----------------------------------------------------------------------------------------------
 
+    def _planned(self) -> Plan:
+        """UserError for a run that cannot fit."""
+        plan = make_plan(self.settings, Machine.here(self.world, self.local_world, self.device), self.family)
+        if not plan.fits:
+            self.say("\n".join(plan.table()))
+            raise UserError(f"this run does not fit the memory of this machine: {plan.advice}")
+        return plan
+
     def _set_threads(self) -> None:
         threads = self.settings.train.threads
         if not threads and self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            local = int(os.environ.get("LOCAL_SIZE", self.world))
-            threads = max(1, len(os.sched_getaffinity(0)) // local)
+            threads = max(1, len(os.sched_getaffinity(0)) // self.local_world)
         if threads:
             torch.set_num_threads(threads)
 
@@ -136,20 +160,25 @@ class Trainer:
     @contextmanager
     def together(self) -> Iterator[None]:
         """A UserError in the block on one rank is one on all, with the same text. Collective calls in the block must not be
-        missed by a rank that fails, but for `agree`."""
+        missed by a rank that fails, but for `agree` and `compare`."""
         problem = ""
         try:
             yield
         except AgreedError:
             raise
         except UserError as error:
-            problem = str(error)
+            problem = f"{self.peers.name(self.rank)}: {error}" if self.rank else str(error)
         self.agree(problem)
 
     def agree(self, problem: str = "") -> None:
         """Raises on every rank when one has a problem. Every rank calls it."""
         if found := self._shared(problem):
             raise AgreedError(found)
+
+    def compare(self, account: agreement.Account) -> None:
+        """Raises on every rank when one has another account than rank 0, naming it and what differs. Every rank calls it."""
+        self.agree()  # a rank that has failed is not there for what follows
+        self.agree(agreement.difference(account, self.peers.name, self.settings))
 
     def _shared(self, text: str) -> str:
         """The same text on every rank: of those that are not empty, the first that does not point to another rank."""
@@ -180,6 +209,9 @@ class Trainer:
                 keys["latents", record.index] = cache.request("latents", image=target)
         for prompt in self.settings.sample.prompts:
             keys["student", prompt] = cache.request("student", prompt)
+        kinds = sorted({key[0] for key in keys})
+        hashes = {kind: self.family.fingerprint(kind, self.dtype) for kind in kinds}  # known since the first request
+        self.compare(agreement.of_contexts(self.data, keys, hashes))
         done = cache.complete(keys.values())
         if done:
             self.say(f"conditioning: {done} of {len(set(keys.values()))} contexts computed, the rest was cached")
@@ -192,7 +224,7 @@ class Trainer:
 
     def run(self) -> int:
         s = self.settings
-        self.say(self.summary())
+        self.say("\n".join([self.summary(), *self.plan.table()]))
         self.stop.arm()
         log = self.log = MetricsLog(self.folder, self.first) if self.rank == 0 else None
         self.showcase.start(self.first)
@@ -347,6 +379,7 @@ class Trainer:
             "sample_forwards": s.sample.steps or self.family.deployment_steps,
             "precision": s.train.precision,
             "threads": torch.get_num_threads(),
+            "planned_peak_bytes": self.plan.device_peak,
             "python": platform.python_version(),
             "torch": torch.__version__,
             **self.pair.describe(),

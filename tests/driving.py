@@ -105,8 +105,18 @@ class Job:
         return self.errors[0]
 
 
-def start(settings: list[str], ranks: int = 1, cwd: Path | None = None, file_bytes: int = 0, env: dict | None = None) -> Job:
-    """Runs train.py once per rank in a fork of the zygote, each in a session of its own."""
+def start(
+    settings: list[str],
+    ranks: int = 1,
+    cwd: Path | None = None,
+    file_bytes: int = 0,
+    env: dict | None = None,
+    script: Path = TRAIN,
+    own: dict[int, dict[str, Any]] | None = None,
+) -> Job:
+    """Runs train.py (or another script) once per rank in a fork of the zygote, each in a session of its own.
+
+    own: what one rank has otherwise, by rank: "argv" (its settings), "env" (more of it), "file_bytes", "delay" in seconds."""
     folder = Path(tempfile.mkdtemp(dir=_scratch()))
     job = Job([], folder)
     environment = _environment() | {"DS_ACCELERATOR": "cpu"} | (env or {})
@@ -114,19 +124,22 @@ def start(settings: list[str], ranks: int = 1, cwd: Path | None = None, file_byt
         environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for rank in range(ranks):
         mine = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
-        order = {"argv": settings, "env": mine, "cwd": str(cwd or folder), "file_bytes": file_bytes,
+        order = {"argv": settings, "cwd": str(cwd or folder), "file_bytes": file_bytes, "script": str(script),
                  "out": str(folder / f"{rank}.out"), "err": str(folder / f"{rank}.err")}  # fmt: skip
+        order |= (own or {}).get(rank, {})
+        order["env"] = mine | order.get("env", {})
         job.pids.append(_zygote().ask(**order)["pid"])
         job.codes.append(None)
     return job
 
 
-def command(argv: list[str], cwd: Path | None = None, **options: Any) -> Job:
-    """Runs a command of its own, in a session of its own."""
+def command(argv: list[str], cwd: Path | None = None, env: dict[str, str] | None = None, **options: Any) -> Job:
+    """Runs a command of its own, in a session of its own; env: more of it."""
     folder = Path(tempfile.mkdtemp(dir=_scratch()))
     with open(folder / "0.out", "w") as out, open(folder / "0.err", "w") as err:
         streams = dict(stdin=subprocess.DEVNULL, stdout=out, stderr=err)
-        process = subprocess.Popen(argv, cwd=cwd or folder, env=_environment(), start_new_session=True, **streams, **options)
+        process = subprocess.Popen(argv, cwd=cwd or folder, env=_environment() | (env or {}), start_new_session=True,
+                                   **streams, **options)  # fmt: skip
     return Job([process.pid], folder, [process], [None])
 
 
@@ -134,10 +147,10 @@ def python(settings: list[str], **options: Any) -> Job:
     return command([sys.executable, str(TRAIN), *settings], **options)
 
 
-def deepspeed(settings: list[str], ranks: int = 2, **options: Any) -> Job:
+def deepspeed(settings: list[str], ranks: int = 2, script: Path = TRAIN, **options: Any) -> Job:
     """The real launcher. `Job.pids` is it alone; `children` finds the others."""
     launcher = Path(sys.executable).parent / "deepspeed"
-    argv = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port()), str(TRAIN), *settings]
+    argv = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port()), str(script), *settings]
     return command(argv, **options)
 
 

@@ -1,32 +1,27 @@
 """Runs functions of this module on several CPU ranks (gloo): one group of processes for a whole list of cases.
 
-`run(world, cases, folder)` starts `python tests/ranks.py` once per rank and gives back, per case, what rank 0 reported:
-{"numbers": JSON, "tensors": {name: tensor}}. A case is a dict: "name", "do" (a function below), and its settings.
+`run(world, cases, folder)` gives back, per case, what rank 0 reported: {"numbers": JSON, "tensors": {name: tensor}}. A case is
+a dict: "name", "do" (a function below, or "module:function"), and its settings (`make_settings`). The processes are
+those of `rank_processes`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import math
 import os
-import socket
-import subprocess
-import sys
+import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
-    sys.path.insert(1, str(ROOT / "kernels"))
+import torch
+from torch import nn
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-
-from dopsd_fast.settings import Settings  # noqa: E402
+from dopsd_fast.settings import Settings
+from tests.rank_processes import run as run
 
 GLOBAL_BATCH = 8
 STEPS = 3
@@ -119,10 +114,12 @@ class RealFamily:
 
 
 def make_settings(case: dict[str, Any], world: int) -> Settings:
-    """Global batch 8 in two micro-batches at any world size."""
+    """Global batch 8 at any world size, in two micro-batches unless the case has another "accumulation"."""
     settings = Settings()
-    settings.train.batch_size = GLOBAL_BATCH // 2 // world
-    settings.train.accumulation = 2
+    settings.train.accumulation = case.get("accumulation", 2)
+    settings.train.batch_size, rest = divmod(GLOBAL_BATCH, settings.train.accumulation * world)
+    assert not rest, case
+    settings.train.masters = case.get("masters", "fp32")
     settings.train.precision = case.get("precision", "fp32")
     settings.train.grad_clip = case.get("grad_clip", 0.05)
     settings.train.weight_decay = 0.01
@@ -130,6 +127,7 @@ def make_settings(case: dict[str, Any], world: int) -> Settings:
     settings.train.activations = "recompute" if case.get("recompute") else "keep"
     settings.deepspeed.stage = case["stage"]
     settings.deepspeed.config = case.get("config", {})
+    settings.deepspeed.gather = case.get("gather", "auto")
     settings.adapter.kind = case.get("adapter", "full")
     settings.adapter.rank, settings.adapter.alpha = 3, 6.0
     settings.teacher.kind = case.get("teacher", "ema")
@@ -164,20 +162,39 @@ def micro_batches(family, settings: Settings, rank: int, world: int, step: int):
         yield noise[items], students[items], teachers[items]
 
 
-def accumulate(backward, pair, family, settings: Settings, rank: int, world: int, step: int) -> None:
-    """Two states of a trajectory per micro-batch, one backward each."""
+def accumulate(backward, pair, family, settings: Settings, rank: int, world: int, step: int) -> float:
+    """Two states of a trajectory per micro-batch, one backward each; the loss, summed over them."""
+    total = 0.0
     for x, student_contexts, teacher_contexts in micro_batches(family, settings, rank, world, step):
         forward = pair.open(family, student_contexts, teacher_contexts, x.shape)
         for k in range(2):
             v_s, v_t = forward(x, torch.full((len(x),), 0.5 * k))
-            backward((v_s - v_t).float().square().mean() / 2 / settings.train.accumulation)
+            loss = (v_s - v_t).float().square().mean() / 2 / settings.train.accumulation
+            backward(loss)
+            total += float(loss.detach())
             x = (x + 0.5 * v_s).detach()
         forward.finish(backward)
+    return total
 
 
 def probe(pair, family, which: str) -> torch.Tensor:
     x = torch.linspace(-1, 1, math.prod(family.shape)).reshape(1, *family.shape)
     return pair.sampler(family, which, family.contexts(0)[0][:1], x.shape)(x, torch.tensor([0.3])).clone()
+
+
+def use_torch_quantizer() -> None:
+    """DeepSpeed's quantizer in plain PyTorch (for another accelerator), in place of its CUDA kernels."""
+    from deepspeed.ops.op_builder.npu.quantizer import NPUQuantizer
+    from deepspeed.runtime.comm import coalesced_collectives
+    from deepspeed.runtime.zero.partition_parameters import CUDAQuantizer
+
+    class Quantizer(NPUQuantizer):
+        @staticmethod
+        def quantize(*arguments):
+            values, scales = NPUQuantizer.quantize(*arguments)
+            return values, scales.view(-1)  # gloo gathers into a buffer of the same shape only
+
+    CUDAQuantizer.quantizer_cuda_module = coalesced_collectives.quantizer_module = Quantizer
 
 
 class Rig:
@@ -187,6 +204,8 @@ class Rig:
         from dopsd_fast.sharding import Engine, init_distributed
 
         self.case = case
+        if case.get("quantizer"):
+            use_torch_quantizer()
         ranks = init_distributed()
         self.settings = make_settings(case, ranks.world)
         self.family, self.pair = make_pair(case, self.settings)
@@ -198,8 +217,9 @@ class Rig:
         engine, norms = self.engine, []
         for step in range(first, last):
             with engine.accumulating():
-                accumulate(engine.backward, self.pair, self.family, self.settings, engine.rank, engine.world, step)
+                loss = accumulate(engine.backward, self.pair, self.family, self.settings, engine.rank, engine.world, step)
             norms.append(engine.step(lr))
+            self.numbers.setdefault("losses", []).append(engine.mean([loss])[0])
         return norms
 
     def gathered(self, param: torch.Tensor):
@@ -232,6 +252,34 @@ def equal_to_one_process(rig: Rig) -> None:
 
 def norms_only(rig: Rig) -> None:
     rig.numbers["norms"] = rig.train(0, 2)
+
+
+def curves(rig: Rig) -> None:
+    """STEPS steps, then whether all ranks hold the same weights."""
+    rig.numbers["norms"] = rig.train(0, STEPS)
+    rig.record("end/")
+    names = sorted(name for name in rig.tensors if name.startswith("end/weights/"))
+    mine = torch.stack([torch.linalg.vector_norm(rig.tensors[name].double()) for name in names])
+    everyone = [torch.empty_like(mine) for _ in range(rig.engine.world)]
+    torch.distributed.all_gather(everyone, mine)
+    rig.numbers["ranks_agree"] = all(torch.equal(one, mine) for one in everyone)
+
+
+def partly_used(rig: Rig) -> None:
+    """A step that uses the whole model, then one that uses its first layer only."""
+    x, contexts, _ = next(micro_batches(rig.family, rig.settings, rig.engine.rank, rig.engine.world, 0))
+
+    def first_layer(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        return rig.pair.student.embed(torch.cat([tokens, tokens[..., :1]], 2))
+
+    calls = [lambda x, t: rig.family.velocity(rig.pair.student, x, t, contexts), first_layer]
+    rig.numbers["norms"] = []
+    for call in calls:
+        with rig.engine.accumulating():
+            rig.engine.backward(rig.pair(x, torch.zeros(len(x)), call=call).square().mean())
+        rig.numbers["norms"].append(rig.engine.step(1e-2))
+    rig.record("end/")
 
 
 def many_small_gradients(rig: Rig) -> None:
@@ -350,59 +398,29 @@ def failing_rank(rig: Rig) -> None:
     rig.numbers["extra"] = checkpoints.read_extra(checkpoints.latest(folder))
 
 
-def run(world: int, cases: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cases.json").write_text(json.dumps(cases))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs):
-        assert process.returncode == 0, output[-4000:]
-    numbers = json.loads((folder / "numbers.json").read_text())
-    tensors = {case["name"]: {} for case in cases}
-    for key, tensor in load_file(folder / "tensors.safetensors").items():
-        name, rest = key.split("//")
-        tensors[name][rest] = tensor
-    results = {name: SimpleNamespace(numbers=numbers[name], tensors=tensors[name]) for name in numbers}
-    return results | {"output": "".join(outputs)}
-
-
 def main(folder: Path) -> None:
     from safetensors.torch import save_file
 
     torch.set_num_threads(1)
     numbers, tensors = {}, {}
     for case in json.loads((folder / "cases.json").read_text()):
+        started = time.perf_counter()
         rig = Rig(case)
-        gc.freeze()  # ZeRO-3 collects garbage at every start: half a second over all of torch's and transformers' objects
-        globals()[case["do"]](rig)
-        numbers[case["name"]] = rig.numbers
+        gc.freeze()
+        module, _, function = case["do"].rpartition(":")
+        getattr(importlib.import_module(module or __name__), function)(rig)
+        numbers[case["name"]] = rig.numbers | {"seconds": time.perf_counter() - started}
         tensors.update({f"{case['name']}//{key}": value.contiguous() for key, value in rig.tensors.items()})
         rig.engine.close()
+        forget_near_ranks()
     if os.environ["RANK"] == "0":
         (folder / "numbers.json").write_text(json.dumps(numbers))
         save_file(tensors, folder / "tensors.safetensors")
     torch.distributed.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def forget_near_ranks() -> None:
+    """DeepSpeed keeps hpZ's group for the next engine, whatever that one asks for."""
+    from deepspeed.utils import groups
+
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench import results
-from bench.cases import ops, step
+from bench.cases import ops, step, zero
 from bench.cases.gemm_floor import GemmFloor, Recorder
 from bench.peers import reference_eager as reference
 from bench.results import Options, Row
@@ -114,7 +114,7 @@ def test_the_standard_configuration_has_plain_names():
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["stp"], "'stp' is none of cost, cubins, kernels, optimizer, step"),
+    (["stp"], "'stp' is none of cost, cubins, kernels, optimizer, step, zero"),
     (["step", "--model", "/no/such/folder"], "error: model.path=/no/such/folder: no such folder"),
 ])  # fmt: skip
 def test_bad_arguments_are_one_clear_line(arguments, said):
@@ -125,6 +125,34 @@ def test_bad_arguments_are_one_clear_line(arguments, said):
 def test_step_names_the_family_that_it_cannot_measure():
     done = bench("step", "--model", str(tiny.shared("flux2_klein")))
     assert done.returncode == 2 and "flux2_klein" in done.stderr.splitlines()[-1]
+
+
+def test_the_rows_of_zero(monkeypatch):
+    """On results that are made up: its cases, and plain's gathers beside each that they are compared with. test_gathers runs
+    it."""
+    asked: list[zero.Job] = []
+
+    def launch(model, device, jobs):
+        asked.extend(jobs)
+        for job in jobs:
+            one = job.arrangements[0]
+            counts = {"gathers_per_step": 16.0 if one.plain else 1.0, "collectives_per_step": 5}
+            yield [{"first_loss": 2.0, "precision": "float32", "seconds_per_step": [0.5] * job.timed, "peak_bytes": [7.0],
+                    "steps": [counts] * job.counted}]  # fmt: skip
+
+    monkeypatch.setattr(zero, "launch", launch)
+    options = Options(tiny.shared("zimage"), torch.device("cpu"), rounds=2)
+    rows = zero.run(options, (2, 4))
+    found = {(row.case, row.variant, row.metric): row for row in rows}
+    assert len(found) == len(rows) and {job.world for job in asked} == {2, 4}
+    for suffix in ("@zimage", "@zimage@4_ranks"):
+        for case in ("full", "full/resident", "lora"):
+            assert found[case + suffix, "ours", "gathers_per_step"].value == 1
+            assert found[case + suffix, "plain", "gathers_per_step"].value == 16
+        assert found["full" + suffix, "ours", "seconds_per_step"].n == 2 * 3
+    monkeypatch.setattr(zero, "launch", lambda *_: [[one | {"first_loss": 1 + i}] for i, (one,) in enumerate(launch(*_))])
+    with pytest.raises(RuntimeError, match="first loss"):
+        zero.run(options)
 
 
 # ---- peers -----------------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def test_whole_tensors_from_the_files_of_two_ranks(case: dict) -> None:
     folder = checkpoints.latest(saved_folder(case["name"], 2))
     assert len(list(folder.glob("rank-*.safetensors"))) == 2
     with ExitStack() as files:
-        reader = checkpoints._Reader(folder, files)
+        reader = checkpoints.CheckpointReader(folder, files)
         for which, kind in (("student", "master"), ("teacher", "ema")):
             for key, tensor in tensors.items():
                 if not key.startswith(f"saved/{which}/") or key.endswith("steps_seen"):
@@ -154,6 +154,10 @@ class Engine:
             name: {kind: torch.randn(numel, generator=generator) for kind in self.kinds} for name in ("a.weight", "b|odd")
         }
 
+    @property
+    def trained_parameters(self) -> int:
+        return sum(kinds["master"].numel() for kinds in self.tensors.values())
+
     def any(self, flag: bool) -> bool:
         return flag
 
@@ -200,7 +204,7 @@ def test_the_same_step_is_saved_once(tmp_path: Path) -> None:
     assert checkpoints.read_extra(first) == {"n": 1}
 
 
-@pytest.mark.parametrize("damage", ["missing file", "short file", "no state", "torn state", "other format"])
+@pytest.mark.parametrize("damage", ["missing file", "short file", "no state", "torn state", "no files", "older format"])
 def test_incomplete_ones_are_ignored(tmp_path: Path, damage: str) -> None:
     engine = Engine()
     good = checkpoints.save(tmp_path, engine, {"n": 1}, step=1, keep=3)
@@ -214,30 +218,142 @@ def test_incomplete_ones_are_ignored(tmp_path: Path, damage: str) -> None:
         state.unlink()
     elif damage == "torn state":
         state.write_text(state.read_text()[:-20])
+    elif damage == "no files":
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"files": None}))
     else:
-        state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 99}))
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 0}))
     assert checkpoints.latest(tmp_path) == good
     assert checkpoints.load(tmp_path, Engine()) == {"n": 1}
-    with pytest.raises(UserError, match="not a complete checkpoint"):
-        checkpoints.read_extra(bad)
+    named = {"missing file": "rank-0000.safetensors is missing", "short file": r"rank-0000.safetensors has \d+ of \d+ bytes",
+             "no state": "state.json is missing", "older format": "state.json is of format 0"}  # fmt: skip
+    for read in (checkpoints.read_extra, lambda path: checkpoints.load(path, Engine())):
+        with pytest.raises(UserError, match=named.get(damage, "state.json is damaged")) as error:
+            read(bad)
+        assert f"{bad} is not a complete checkpoint" in str(error.value)
     again = checkpoints.save(tmp_path, engine, {"n": 3}, step=2, keep=3)
     assert checkpoints.latest(tmp_path) == again and checkpoints.read_extra(again) == {"n": 3}
 
 
-def test_damaged_contents_are_one_line(tmp_path: Path) -> None:
+def test_a_newer_format_is_neither_read_nor_passed_over_nor_replaced(tmp_path: Path) -> None:
+    checkpoints.save(tmp_path, Engine(), {"n": 1}, step=1, keep=1)
+    newer = checkpoints.save(tmp_path, Engine(), {"n": 2}, step=2, keep=2)
+    state = newer / "state.json"
+    state.write_text(json.dumps({"format": 99, "files": {}, "step": 2, "world": 1, "extra": {}}))
+    content = state.read_bytes()
+    for read in (checkpoints.latest, lambda path: checkpoints.load(path, Engine()), lambda _: checkpoints.read_extra(newer)):
+        with pytest.raises(UserError, match="step-000002 was written by a newer version .* 99, this one knows 1"):
+            read(tmp_path)
+    with pytest.raises(UserError, match="a newer version of this program has written it"):
+        checkpoints.save(tmp_path, Engine(), {"n": 3}, step=2, keep=2)
+    checkpoints.save(tmp_path, Engine(), {"n": 4}, step=3, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000003"] and state.read_bytes() == content
+
+
+@pytest.mark.parametrize("damage", ["start", "length", "offsets", "tail"])
+def test_damaged_contents_are_one_line(tmp_path: Path, damage: str) -> None:
     path = checkpoints.save(tmp_path, Engine(), {}, step=1, keep=1)
     file = path / "rank-0000.safetensors"
     content = file.read_bytes()
-    file.write_bytes(b"\xff" * 64 + content[64:])
+    if damage == "start":
+        file.write_bytes(b"\xff" * 64 + content[64:])
+    elif damage == "length":
+        file.write_bytes((2**40).to_bytes(8, "little") + content[8:])
+    elif damage == "offsets":
+        file.write_bytes(content.replace(b'"data_offsets":[0,1200000]', b'"data_offsets":[8,1200008]', 1))
+    else:
+        file.write_bytes(content.replace(b'"I64"', b'"I16"'))
+    assert file.stat().st_size == len(content) and file.read_bytes() != content
+    engine = Engine(200)
     with pytest.raises(UserError, match="rank-0000.safetensors is damaged") as error:
-        checkpoints.load(path, Engine())
-    assert "\n" not in str(error.value)
+        checkpoints.load(path, engine)
+    assert "\n" not in str(error.value) and equal(engine, Engine(200))
+
+
+class Half(Engine):
+    """One of two ranks; each holds one half of every tensor."""
+
+    world = 2
+
+    def __init__(self, rank: int, step: int = 7) -> None:
+        super().__init__(600)
+        self.rank, self.step = rank, step
+
+    def fragment_sizes(self):
+        return [(name, 300 * self.rank, 300) for name in self.tensors]
+
+    def state_fragments(self):
+        for name, kinds in self.tensors.items():
+            half = {kind: tensor[300 * self.rank : 300 * self.rank + 300] for kind, tensor in kinds.items()}
+            yield name, 300 * self.rank, half, self.step
+
+
+def two_halves(folder: Path, step: int, did: int = 7) -> Path:
+    path = folder / f"step-{step:06}"
+    path.mkdir(parents=True)
+    files = [path / f"rank-000{rank}.safetensors" for rank in (0, 1)]
+    for rank, file in enumerate(files):
+        checkpoints._write_fragments(file, Half(rank, did))
+    sizes = {file.name: file.stat().st_size for file in files}
+    state = dict(format=1, step=step, world=2, stage=2, files=sizes, extra={"step": step})
+    (path / "state.json").write_text(json.dumps(state))
+    return path
+
+
+def test_files_of_other_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
+    """A whole file but of another step, of another rank, of another world size."""
+    path, later = two_halves(tmp_path, 1), two_halves(tmp_path, 2)
+    whole = Engine(600)
+    assert checkpoints.load(path, whole) == {"step": 1} and equal(whole, Engine(600))
+    first, second = path / "rank-0000.safetensors", path / "rank-0001.safetensors"
+    content = second.read_bytes()
+    lone = (later / second.name).read_bytes().replace(b'"step":"2"', b'"step":"1"').replace(b'"world":"2"', b'"world":"4"')
+    for other, why in (((later / second.name).read_bytes(), "it is of step 2, not 1"),
+                       (first.read_bytes(), "it is of rank 0, not 1"), (lone, "it is of world 4, not 2")):  # fmt: skip
+        second.write_bytes(other)
+        state = json.loads((path / "state.json").read_text())
+        state["files"][second.name] = len(other)
+        (path / "state.json").write_text(json.dumps(state))
+        with pytest.raises(UserError, match=f"{second} is damaged .{why}"):
+            checkpoints.load(path, Engine(600))
+    second.write_bytes(content.replace(b"a.weight|300|", b"a.weight|299|"))
+    state["files"][second.name] = len(content)
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=f"{second} is damaged .a.weight .* goes on at 299, not at 300"):
+        checkpoints.load(path, Engine(600))
+
+
+def test_files_without_their_step_are_told_apart_by_the_optimizer_s(tmp_path: Path) -> None:
+    """Checkpoints of earlier versions have no metadata."""
+    path, other = two_halves(tmp_path / "one", 1), two_halves(tmp_path / "other", 1, did=8)
+    for file in (path / "rank-0000.safetensors", other / "rank-0001.safetensors"):
+        content = file.read_bytes()
+        start, end = content.index(b'"__metadata__"'), content.index(b'},"a.weight') + 2
+        file.write_bytes(content[:start] + b" " * (end - start) + content[end:])
+    shutil.copyfile(other / "rank-0001.safetensors", path / "rank-0001.safetensors")
+    with pytest.raises(UserError, match="rank-0001.safetensors is damaged .* has done 8 steps, in rank-0000.safetensors 7"):
+        checkpoints.load(path, Engine(600))
+
+
+def test_two_runs_save_the_same_step(tmp_path: Path, monkeypatch) -> None:
+    """The second begins and ends while the first is writing: the first says that it could not, the second's is whole."""
+    first, second = Engine(300), Engine(301)
+    monkeypatch.setattr(first, "state_fragments", lambda: iter(
+        [checkpoints.save(tmp_path, second, {"n": 2}, step=1, keep=1) and x for x in Engine.state_fragments(first)]))
+    with pytest.raises(UserError, match="could not save .*step-000001"):
+        checkpoints.save(tmp_path, first, {"n": 1}, step=1, keep=1)
+    other = Engine(301)
+    for kinds in other.tensors.values():
+        kinds["master"].zero_()
+    assert checkpoints.load(tmp_path, other) == {"n": 2} and equal(other, second)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
 
 
 def test_another_model_is_one_line(tmp_path: Path) -> None:
     checkpoints.save(tmp_path, Engine(300), {}, step=1, keep=1)
     with pytest.raises(UserError, match="another size"):
         checkpoints.load(tmp_path, Engine(301))
+    with pytest.raises(UserError, match="holds 600 trained numbers, the model has 598"):
+        checkpoints.load(tmp_path, Engine(299))
     other = Engine(300)
     other.tensors["c"] = copy.deepcopy(other.tensors["a.weight"])
     with pytest.raises(UserError, match="holds no master of c"):

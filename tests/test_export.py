@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from peft import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dopsd_fast import export
+from dopsd_fast import export, publish
 from dopsd_fast.errors import UserError
 from dopsd_fast.export import export_full, export_lora
 from dopsd_fast.families import open_family
@@ -179,6 +180,56 @@ def test_one_tensor_in_memory_at_a_time(tmp_path):
 
     export_full(family, tensors(), tmp_path / "export")
     assert len(given) == len(shapes) and max(most) <= 1
+
+
+# ---- read back at the end of a run -------------------------------------------------------------------------------------
+
+
+def finished(family, tensors, rank=0):
+    """What publish.py asks of a trainer, whose live weights are `tensors`."""
+
+    def agree(problem=""):
+        if problem:
+            raise UserError(problem)
+
+    engine = SimpleNamespace(full_tensors=lambda branch: iter(tensors), stage=3)
+    return SimpleNamespace(engine=engine, pair=SimpleNamespace(lora_config=None), rank=rank, world=2, agree=agree,
+                           family=family, parameters=100, dtype=torch.bfloat16, device=torch.device("cpu"))  # fmt: skip
+
+
+def test_every_exported_weight_is_compared_with_the_live_one(tmp_path):
+    source = open_family(make_zimage(tmp_path / "source", dtype=torch.bfloat16), CONDITIONING)
+    live = {name: tensor + 0.001 for name, tensor in weights(source).items()}  # rounded where they are stored
+    out = tmp_path / "export"
+    export_full(source, live.items(), out)
+    publish._check_weights(finished(source, live.items()), "student", out)
+    name = max(live)
+    for value in (live[name] + 0.01 * live[name].abs().max(), -live[name], torch.full_like(live[name], torch.nan)):
+        with pytest.raises(UserError, match=f"its {name} is not what was written"):
+            publish._check_weights(finished(source, (live | {name: value}).items()), "student", out)
+    publish._check_weights(finished(source, [(name, torch.empty(0))], rank=1), "student", out)
+    with pytest.raises(UserError, match="its new.weight cannot be read back"):
+        publish._check_weights(finished(source, [*live.items(), ("new.weight", torch.zeros(1))]), "student", out)
+    file = out / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match="was written but cannot be read back"):
+        publish._check_weights(finished(source, live.items()), "student", out)
+
+
+def test_a_second_copy_of_the_model_needs_room(monkeypatch):
+    trainer = finished(None, [])
+    assert publish._has_room(trainer)
+    trainer.parameters = 10**15
+    assert not publish._has_room(trainer)  # of main memory
+    trainer.parameters, trainer.device = 100, torch.device("cuda")
+    assert not publish._has_room(trainer)  # sharded over accelerators
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (301, 1000))
+    trainer.world = 1
+    assert publish._has_room(trainer)
+    trainer.parameters = 101
+    assert not publish._has_room(trainer)
+    trainer.rank = 1
+    assert publish._has_room(trainer)  # only rank 0 reads back
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------------------------

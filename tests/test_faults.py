@@ -77,6 +77,8 @@ def test_killed_at_random_moments(ranks, kind, seed, whole, tmp_path):
             job.kill(ranks=slice(alone, alone + 1))
             job.wait()
             assert "Traceback" not in job.err and all(code in (-signal.SIGKILL, 2, 0) for code in job.codes), job.err
+            named = [f"error: rank {alone} (process {job.pids[alone]} "] * job.codes.count(2)
+            assert [line[: len(name)] for line, name in zip(job.errors, named, strict=True)] == named, job.err
         else:
             job.kill()
             job.wait()
@@ -235,7 +237,7 @@ def test_resume_refuses_other_numbers_and_takes_the_rest(tmp_path):
     before = (run / "metrics.jsonl").read_bytes()
     for name, value in {
         "train__learning_rate": "2e-3", "train__seed": 1, "method__weight": "mu", "teacher__ema_decay": 0.75,
-        "data__resolution": 32, "deepspeed__stage": 3, "train__schedule": "cosine", "train__batch_size": 2,
+        "data__resolution": 32, "train__precision": "bf16", "train__schedule": "cosine", "train__batch_size": 2,
         "adapter__kind": "lora",
     }.items():  # fmt: skip
         line = start(settings(run, **{"train__steps": 3, name: value})).fail(str(run), "output.dir")

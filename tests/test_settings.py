@@ -182,6 +182,15 @@ def test_wrong_type_or_out_of_range_names_the_field_and_the_value(word):
         ("train.fp8=teacher adapter.kind=full", ("train.fp8", "teacher.kind")),
         ("train.fp8=frozen adapter.kind=lora backbone=diffusers", ("train.fp8", "backbone")),
         ("train.activations=selective backbone=diffusers", ("train.activations", "backbone")),
+        ("train.masters=low_bits deepspeed.stage=0", ("train.masters=low_bits", "train.precision=bf16")),
+        ("train.masters=low_bits train.precision=bf16 deepspeed.stage=3", ("train.masters=low_bits", "deepspeed.stage=0")),
+        ("deepspeed.gather=step deepspeed.stage=2", ("deepspeed.gather=step", "deepspeed.stage=3")),
+        ("deepspeed.gather=unit deepspeed.stage=0", ("deepspeed.gather=unit", "deepspeed.stage=3")),
+        ("deepspeed.gather=sweep deepspeed.stage=3 backbone=diffusers", ("deepspeed.gather=sweep", "backbone")),
+        ("deepspeed.gather=sweep deepspeed.stage=3 model.family=flux2_klein", ("deepspeed.gather=sweep", "model.family")),
+        ("deepspeed.gather=sweep deepspeed.stage=3 method.backward=k_graphs", ("deepspeed.gather=sweep", "method.backward")),
+        ("deepspeed.gather=sweep deepspeed.stage=3 train.accumulation=2", ("deepspeed.gather=sweep", "train.accumulation")),
+        ("deepspeed.gather=sweep deepspeed.stage=3 adapter.kind=lora", ("deepspeed.gather=sweep", "adapter.kind")),
     ],
 )
 def test_impossible_combinations_name_both(words, names):
@@ -200,6 +209,11 @@ def test_impossible_combinations_name_both(words, names):
         "method.states=off_policy teacher.kind=student method.backward=k_graphs",
         "deepspeed.config.gradient_clipping=1.0 deepspeed.config.train_micro_batch_size_per_gpu=auto",
         "train.warmup=10 train.steps=2",
+        "train.masters=low_bits train.precision=bf16 deepspeed.stage=0",
+        "deepspeed.gather=auto deepspeed.stage=0",
+        "deepspeed.gather=sweep deepspeed.stage=3 model.family=zimage method.name=sft",
+        "deepspeed.gather=step deepspeed.stage=3 adapter.kind=lora train.accumulation=4",
+        "deepspeed.gather=step deepspeed.stage=3 deepspeed.config.zero_optimization.offload_param.device=cpu",
     ],
 )
 def test_combinations_that_are_fine(words):

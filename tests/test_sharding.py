@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import math
@@ -12,18 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
-from dopsd_fast.deepspeed_config import deepspeed_config
 from dopsd_fast.errors import UserError
 from dopsd_fast.settings import Settings
 from dopsd_fast.teacher import build_pair, lora_coverage
 from tests import ranks
+from tests.plain_steps import EPS, plain, tolerance
 from tests.tiny import shared
 
 ALL_PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-EPS = 1e-3  # AdamW's: bounds by lr / EPS what a rounding error of a gradient does to a weight
-LR = 1e-2
 
 EQUAL = [
     dict(name=f"{adapter}-{precision}-{stage}", stage=stage, adapter=adapter, precision=precision)
@@ -90,57 +86,6 @@ def results(world: int) -> dict:
     run = [case for case in cases() if (case["name"] in alone if world == 1 else case["do"] != "interrupted")]
     with tempfile.TemporaryDirectory() as folder:
         return ranks.run(world, run, Path(folder))
-
-
-@functools.cache
-def plain(adapter: str, precision: str, teacher: str = "ema", model: str = "") -> SimpleNamespace:
-    """The same steps without DeepSpeed: torch's AdamW on fp32 masters, one average in float64."""
-    clip = 0.05
-    case = dict(stage=0, adapter=adapter, precision=precision, teacher=teacher, grad_clip=clip)
-    if model:
-        case["model"] = str(shared(model))
-    settings = ranks.make_settings(case, 1)
-    family, pair = ranks.make_pair(case, settings)
-    trained = pair.trained()
-    masters = [nn.Parameter(t.student.detach().float()) for t in trained]
-    averages = [master.detach().double() for master in masters]
-    optimizer = torch.optim.AdamW(masters, lr=LR, eps=EPS, weight_decay=0.01, betas=(0.9, 0.999))
-    report = SimpleNamespace(norms=[], students=[], teachers=[])
-    for step in range(ranks.STEPS):
-        for master in masters:
-            master.grad = torch.zeros_like(master)
-
-        def backward(loss: torch.Tensor) -> None:
-            loss.backward()
-            for t, master in zip(trained, masters):
-                if t.student.grad is not None:  # a part of the model may have a backward of its own
-                    master.grad += t.student.grad.float()
-                t.student.grad = None
-
-        ranks.accumulate(backward, pair, family, settings, 0, 1, step)
-        report.norms.append(float(nn.utils.clip_grad_norm_(masters, clip)))
-        optimizer.step()
-        with torch.no_grad():
-            for i, (t, master) in enumerate(zip(trained, masters)):
-                averages[i] = 0.9 * averages[i] + 0.1 * master.double()
-                t.student.copy_(master)
-                if teacher == "ema":
-                    t.teacher.copy_(averages[i])
-        report.students.append({t.name: m.detach().clone() for t, m in zip(trained, masters)})
-        report.teachers.append({t.name: a.clone() for t, a in zip(trained, averages)})
-    return report
-
-
-def tolerance(precision: str, step: int) -> float:
-    """Of a weight after `step` + 1 updates.
-
-    A clipped gradient is at most 0.05; sums over another order (a rank's share, a bucket) differ by a few units in
-    the last place of the compute dtype, taken as 16. AdamW turns an error d of a gradient into at most 2 * lr / eps * d
-    of the weight at each later step: the moments' weights sum to 1 and |m| / (sqrt(v) + eps) has slope <= 1 / eps in
-    both. Errors feed back through the next gradients; a factor of 4 a step leaves room for that.
-    """
-    unit = 2.0**-24 if precision == "fp32" else 2.0**-9
-    return sum(2 * LR / EPS * 16 * unit * 0.05 * 4.0**n for n in range(step + 1))
 
 
 @pytest.mark.parametrize("case, world", COMPARED)
@@ -253,11 +198,7 @@ def test_reported_norm_is_from_before_clipping() -> None:
 
 def test_ranks_agree() -> None:
     numbers = results(2)["agreement"].numbers
-    assert numbers == {
-        "any": [False, True],
-        "ints": [10, 11],
-        "mean": [0.5, 1.0],
-    }
+    assert (numbers["any"], numbers["ints"], numbers["mean"]) == ([False, True], [10, 11], [0.5, 1.0])
 
 
 def test_summary_and_silence() -> None:
@@ -331,52 +272,3 @@ def test_coverage_on_the_meta_device() -> None:
     family = SimpleNamespace(load_transformer=lambda dtype: model, lora_targets=("to_q", "w1"), pair_forward=lambda *_: None)
     pair = build_pair(family, lora_settings(), torch.bfloat16)
     assert len(pair.trained()) == 8 and all(t.student.is_meta for t in pair.trained())
-
-
-# ---- deepspeed.config --------------------------------------------------------------------------------------
-
-
-def test_config_is_passed_through() -> None:
-    settings = Settings()
-    settings.deepspeed.config = {
-        "zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000},
-        "bf16": {"enabled": "auto"},
-        "gradient_accumulation_steps": 1,
-        "wall_clock_breakdown": True,
-    }
-    given = copy.deepcopy(settings.deepspeed.config)
-    config = deepspeed_config(settings)
-    assert config["zero_optimization"] == {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000}
-    assert config["bf16"]["enabled"] is False and config["wall_clock_breakdown"] is True
-    assert settings.deepspeed.config == given
-    assert deepspeed_config(Settings())["zero_optimization"]["reduce_bucket_size"] != 1000
-
-
-@pytest.mark.parametrize(
-    "config, named",
-    [
-        ({"communication_data_type": "bf16"}, "communication_data_type=bf16"),
-        ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype=bf16"),
-        ({"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer=True"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device=nvme"),
-        ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights=True"),
-        ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled=True"),
-        ({"zero_optimization": 3}, "zero_optimization is 3"),
-    ],
-)
-def test_config_that_cannot_be(config: dict, named: str) -> None:
-    settings = Settings()
-    settings.deepspeed.config = config
-    with pytest.raises(UserError, match=named):
-        deepspeed_config(settings)
-
-
-def test_unknown_config_field_is_one_line(monkeypatch) -> None:
-    import deepspeed
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    from dopsd_fast.sharding import _initialize
-
-    monkeypatch.setattr(deepspeed, "initialize", lambda **given: DeepSpeedZeroConfig(**given["config"]["zero_optimization"]))
-    with pytest.raises(UserError, match="deepspeed.config: DeepSpeedZeroConfig, no_such_field"):
-        _initialize(SimpleNamespace(fused=None), None, {"zero_optimization": {"stage": 2, "no_such_field": 1}})

@@ -1,13 +1,14 @@
 """Starts the main job in forks of a process that has its libraries loaded: the same program, the same signals and files, a
 second instead of eight. The script that `tests/driving.py` speaks to, one JSON object a line.
 
-    {"argv": [...], "env": {...}, "cwd": "...", "out": "...", "err": "...", "file_bytes": 0}  ->  {"pid": ...}
+    {"argv": [...], "env": {...}, "cwd": "...", "out": "...", "err": "..."}  ->  {"pid": ...}
+        further, if wanted: "script": what to run instead; "file_bytes": the largest file it may write;
+        "delay": seconds until it begins
     {"poll": pid}  ->  {"code": null while it runs, else the exit code, -N for signal N}
 """
 
 from __future__ import annotations
 
-import atexit
 import gc
 import importlib
 import json
@@ -15,6 +16,7 @@ import os
 import resource
 import runpy
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +35,7 @@ def serve() -> None:
     # Only libraries: the program's own modules are imported by each run, in its own order.
     for name in PRELOAD:
         importlib.import_module(name)
-    gc.freeze()  # what is loaded stays shared, and out of every run's garbage collections
+    gc.freeze()  # what is loaded stays shared, and out of every run's garbage collections, the long one at its end too
     for line in sys.stdin:
         order = json.loads(line)
         if "poll" in order:
@@ -43,8 +45,7 @@ def serve() -> None:
             pid = os.fork()
             if pid == 0:
                 become(order)
-                atexit.register(gc.unfreeze)  # else what is left over at the end looks leaked to some libraries
-                runpy.run_path(str(TRAIN), run_name="__main__")
+                runpy.run_path(sys.argv[0], run_name="__main__")
                 return
             answer = {"pid": pid}
         print(json.dumps(answer), flush=True)
@@ -62,8 +63,10 @@ def become(order: dict) -> None:
         os.close(file)
     if order.get("file_bytes"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_bytes"],) * 2)
-    sys.argv = [str(TRAIN), *order["argv"]]
-    sys.path[0] = str(TRAIN.parent)
+    time.sleep(order.get("delay", 0))
+    script = order.get("script", str(TRAIN))
+    sys.argv = [script, *order["argv"]]
+    sys.path[0] = str(Path(script).parent)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,198 @@
+"""Whether every rank runs the same program with the same settings on the same model and data, or what differs.
+
+An account is {section: {name: value}}, JSON-able. Ranks exchange its digest; only where one differs from rank 0's is rank 0's
+account sent around, so that each rank can name its first difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dopsd_fast.conditioning.fingerprint import NOT_READ, digest
+from dopsd_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from dopsd_fast.families.base import Family
+    from dopsd_fast.records import Dataset
+    from dopsd_fast.settings import Settings
+
+Account = dict[str, dict[str, Any]]
+
+OWN_ON_EACH_RANK = ("resume", "output.dir", "model.path", "data.path", "data.root", "conditioning.folder",
+                    "conditioning.vlm_path", "train.threads")
+"""Settings that may differ: rank 0 alone uses them, or they are places whose contents are compared."""
+LIBRARIES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "numpy", "pillow")
+SAMPLES, SAMPLE_BYTES = 64, 4096
+WHOLE_BYTES = 1 << 20
+"""Files up to this size are read whole; of larger ones the beginning, SAMPLES pieces and the size: training a model changes
+nearly every byte, and reading 12 GB again on every rank would cost a minute."""
+
+
+def difference(account: Account, names: Callable[[int], str], settings: Settings) -> str:
+    """What this rank has otherwise than rank 0, as the text of an error; empty if nothing. Every rank calls it.
+
+    names: what a rank is called in the text."""
+    import torch.distributed as group
+
+    digests: list[Any] = [None] * group.get_world_size()
+    group.all_gather_object(digests, digest(account))
+    if len(set(digests)) == 1:
+        return ""
+    first: list[Any] = [account if group.get_rank() == 0 else None]
+    group.broadcast_object_list(first)
+    found = describe(first[0], account, names(group.get_rank()), names(0))
+    return f"{found[0].format(model=settings.model.path, data=settings.data.path)}{found[1]}" if found else ""
+
+
+def describe(first: Account, mine: Account, me: str, other: str) -> tuple[str, str] | None:
+    """(setting that is concerned, text) of the first difference; `first` is rank 0's account, `other` its name."""
+    for section, theirs in first.items():
+        ours = mine[section]
+        if section == "records" and len(theirs) != len(ours):
+            return "data.path={data}: ", f"{me} reads {len(ours)} records, {other} {len(theirs)}: {SAME_DATA}"
+        for name in [*theirs, *(name for name in ours if name not in theirs)]:
+            old, new = theirs.get(name), ours.get(name)
+            if old == new:
+                continue
+            if section == "versions":
+                return "", f"{me} runs {name} {new}, {other} {old}: install the same on every host"
+            if section == "settings":
+                return "", f"{me} has {name}={new!r}, {other} {name}={old!r}: start every rank with the same settings"
+            if section == "model":
+                what = "has other contents" if old and new else f"is only on {other if old else me}"
+                return "model.path={model}: ", f"{name} {what}, comparing {me} with {other}: give all the same model"
+            record = f"record {name} ({(new or old or {}).get('file')})"
+            return "data.path={data}: ", (f"{me} reads other records than {other}: {record} differs in its "
+                                          f"{_field(old or {}, new or {})}: {SAME_DATA}")
+    return None
+
+
+SAME_DATA = "give every host the same data set"
+
+
+def _field(old: dict[str, Any], new: dict[str, Any]) -> str:
+    for name in [*old, *new]:
+        if old.get(name) == new.get(name):
+            continue
+        if name == "prompts":
+            theirs, ours = old.get(name) or {}, new.get(name) or {}
+            prompts = (prompt for prompt in [*theirs, *ours] if theirs.get(prompt) != ours.get(prompt))
+            return f"prompt {next(prompts, '(the order of its prompts)')}"
+        return name
+    return "fields"
+
+
+# ---- accounts ----------------------------------------------------------------------------------------------------------------
+
+
+def of_program(settings: Settings) -> Account:
+    """Versions and settings."""
+    flat = {name: value for name, value in _flat(settings.model_dump()).items() if name not in OWN_ON_EACH_RANK}
+    return {"versions": _versions(), "settings": flat}
+
+
+def of_input(family: Family, data: Dataset) -> Account:
+    """The model's files and the records, as read."""
+    return {"model": _model_files(family), "records": _records(data)}
+
+
+def of_contexts(data: Dataset, keys: dict[tuple, str], fingerprints: dict[str, str]) -> Account:
+    """The keys of the context cache: hashes of the encoders' files, the prompts and the pictures' bytes."""
+    records: dict[str, Any] = {}
+    for key, value in keys.items():
+        if key[0] == "student":  # a prompt, which has been compared
+            continue
+        record = data.records[key[1]]
+        entry = records.setdefault(str(record.index), {"file": record.images[0].name, "picture": []})
+        entry["picture"].append(value)
+    return {"model": {f"the encoder of {kind} contexts": value for kind, value in fingerprints.items()}, "pictures": records}
+
+
+def _versions() -> dict[str, str]:
+    from dopsd_fast import __version__
+
+    found = {"dopsd_fast": f"{__version__} (source {_source_digest()})"}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "that is not installed"
+    return found
+
+
+def _source_digest() -> str:
+    """Of this program's own modules, whose version number does not change with every edit."""
+    import dopsd_fast
+    import dopsd_kernels
+
+    hasher = hashlib.sha256()
+    for package in (dopsd_fast, dopsd_kernels):
+        root = Path(str(package.__file__)).parent
+        for file in sorted(root.rglob("*.py")):
+            hasher.update(f"{file.relative_to(root)}|".encode() + file.read_bytes())
+    return hasher.hexdigest()[:12]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out
+
+
+def _model_files(family: Family) -> dict[str, str]:
+    from dopsd_fast.families.base import PARTS
+
+    folders = {part: family.path / part for part in PARTS}
+    if family.vlm_folder.is_dir():
+        folders["vlm"] = family.vlm_folder
+    files = {"model_index.json": family.path / "model_index.json"}
+    for part, folder in folders.items():
+        for file in sorted(folder.rglob("*")):
+            name = file.relative_to(folder)
+            if file.is_file() and file.suffix not in NOT_READ and not any(word.startswith(".") for word in name.parts):
+                files[f"{part}/{name.as_posix()}"] = file
+    return {name: sampled_digest(file) for name, file in files.items()}
+
+
+def sampled_digest(file: Path) -> str:
+    """sha256 of a small file; of a large one its size, its first WHOLE_BYTES / 16 bytes, and pieces spread evenly over it."""
+    try:
+        with open(file, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            hasher = hashlib.sha256(f"{size}|".encode())
+            hasher.update(stream.read(WHOLE_BYTES if size <= WHOLE_BYTES else WHOLE_BYTES // 16))
+            for i in range(SAMPLES if size > WHOLE_BYTES else 0):
+                stream.seek((size - SAMPLE_BYTES) * (i + 1) // SAMPLES)
+                hasher.update(stream.read(SAMPLE_BYTES))
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
+    return hasher.hexdigest()
+
+
+def _records(data: Dataset) -> dict[str, Any]:
+    found = {}
+    for record in data.records:
+        names = [str(file.relative_to(data.root) if file.is_relative_to(data.root) else file) for file in record.images]
+        found[str(record.index)] = {
+            "file": names[0],
+            "images": names,
+            "prompts": record.prompts,
+            "order of prompts": list(record.prompts),
+            "size": record.size,
+            "bucket": [record.height, record.width],
+            "size in bytes": [_bytes(file) for file in record.images],
+        }
+    return found
+
+
+def _bytes(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error

@@ -1,0 +1,186 @@
+"""Whole-model gathers and reductions of a training step, counted on 2 and 4 CPU ranks, and the counter itself."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bench.cases import zero
+from bench.cases.collectives import Collectives, Unaccounted
+from bench.cases.zero import STATES, Arrangement, Job
+from bench.peers.reference_eager import ZIMAGE_TARGETS
+from tests import tiny
+
+RANK = 16
+SWEEP, STEP, UNIT = (Arrangement(f"full/{gather}", gather=gather) for gather in ("sweep", "step", "unit"))
+STAGE_2, LORA, PLAIN = Arrangement("full/stage2", stage=2), Arrangement("lora", "lora"), Arrangement("full", plain=True)
+RUN = {2: [SWEEP, STEP, UNIT, STAGE_2, LORA, PLAIN], 4: [SWEEP, STEP, LORA, PLAIN]}
+WORLDS = pytest.mark.parametrize("world", RUN)
+ALL = [pytest.param(one, world, id=f"{one.case}-{one.variant}-{world}") for world, made in RUN.items() for one in made]
+
+
+@functools.cache
+def results() -> dict[tuple[int, Arrangement], dict[str, Any]]:
+    ours = [one for one in RUN[2] if one != PLAIN]
+    jobs = [Job(2, ours, counted=2, timed=0), Job(2, [PLAIN], counted=1, timed=0), Job(4, RUN[4], counted=1, timed=0)]
+    jobs.append(Job(2, [STEP], counted=0, timed=0, call="tests.test_gathers:tamper"))
+    found = zero.launch(tiny.shared("zimage"), "cpu", jobs)
+    return {(job.world if job.counted else 0, one): result
+            for job, several in zip(jobs, found) for one, result in zip(job.arrangements, several)}  # fmt: skip
+
+
+def steady(world: int, one: Arrangement) -> dict[str, float]:
+    """The counts of a step after the first, which are those of every such step."""
+    first, *others = results()[world, one]["steps"]
+    assert all(other == first for other in others)
+    return first
+
+
+@functools.cache
+def transformer() -> nn.Module:
+    from diffusers import ZImageTransformer2DModel
+
+    return ZImageTransformer2DModel.from_pretrained(tiny.shared("zimage") / "transformer")
+
+
+def elements(kind: str) -> list[int]:
+    """Of the trained tensors."""
+    if kind == "full":
+        return [parameter.numel() for parameter in transformer().parameters()]
+    adapted = [module for name, module in transformer().named_modules() if name.endswith(ZIMAGE_TARGETS)]
+    return [RANK * features for linear in adapted for features in (linear.in_features, linear.out_features)]
+
+
+# ---- what a step gathers and reduces ---------------------------------------------------------------------------------
+
+
+@WORLDS
+def test_whole_model_gathers(world):
+    step, sweep = steady(world, STEP)["gathers_per_step"], steady(world, SWEEP)["gathers_per_step"]
+    assert step == 1
+    assert 1 < sweep <= 2  # what has no gradient need not be gathered again
+    assert steady(world, SWEEP)["gathers_of_one_weight_per_step"] == 2
+    assert steady(world, LORA)["gathers_per_step"] == 0
+
+
+@WORLDS
+def test_the_straightforward_arrangement_gathers_4k_times(world):
+    """Blocks: forward, teacher, recomputation and backward of each state. What is not checkpointed, and is much of a tiny
+    model, less: at least forward and teacher. Student and teacher once more for the average."""
+    plain = steady(world, PLAIN)
+    assert plain["gathers_of_one_weight_per_step"] == 4 * STATES
+    blocks = sum(p.numel() for name, p in transformer().named_parameters() if name.startswith("layers."))
+    total = sum(elements("full"))
+    assert 4 * STATES * blocks + 2 * STATES * (total - blocks) < plain["gathers_per_step"] * total < 4 * STATES * total
+    assert plain["gathers_for_average_per_step"] == 2
+
+
+def test_the_other_arrangements():
+    """DeepSpeed's own hooks gather for every forward of a pair and every backward. ZeRO-2 gathers nothing but the new student
+    and its teacher."""
+    assert STATES < steady(2, UNIT)["gathers_per_step"] <= 2 * STATES
+    assert steady(2, STAGE_2)["gathers_per_step"] == 2
+
+
+@pytest.mark.parametrize(("one", "world"), ALL)
+def test_every_gradient_is_reduced_once(one, world):
+    """In fp32; a tensor is padded to a multiple of the ranks, and of two numbers for each a buffer may be. The rest are the
+    norm and whether all are finite: a few numbers."""
+    sizes = elements(one.kind)
+    reduced = steady(world, one)["reduced_bytes_per_step"]
+    assert 4 * sum(sizes) <= reduced <= 4 * sum(sizes) + 8 * world * len(sizes) + 64
+
+
+@WORLDS
+def test_gathered_bytes(world):
+    """Student and teacher once, in fp32 and padded; the adapters of both."""
+    for one in {STEP, LORA, STAGE_2}.intersection(RUN[world]):
+        sizes = elements(one.kind)
+        assert 0 <= steady(world, one)["gathered_bytes_per_step"] - 2 * 4 * sum(sizes) < 2 * 8 * world * len(sizes)
+
+
+@pytest.mark.parametrize(("one", "world"), ALL)
+def test_every_arrangement_does_the_same_work(one, world):
+    """fp32 through some five blocks, summed in another order: 1e-5 is 170 units of roundoff."""
+    plain = results()[world, PLAIN]["first_loss"]
+    assert results()[world, one]["first_loss"] == pytest.approx(plain, rel=1e-5)
+
+
+# ---- the counter -----------------------------------------------------------------------------------------------------
+
+
+def tamper(one: Arrangement, model: Path, device: torch.device, rank: int, *_: int) -> dict[str, Any]:
+    """On every rank: what the counter says of a step with something added or hidden."""
+    import deepspeed
+    from deepspeed.runtime.zero import partition_parameters
+
+    ours = zero.Ours(one, model, zero.Batch(model, rank, device, torch.float32), "fp32")
+    weights = list(ours.weights())
+    students = [parameter for _, parameter in weights[: len(weights) // 2]]
+    whole = torch.empty(8 * torch.distributed.get_world_size())
+    said: dict[str, Any] = {}
+
+    def again() -> None:
+        students[0].all_gather_coalesced(students).wait()
+        students[0].partition(students)
+
+    def one_by_one() -> None:
+        with deepspeed.zero.GatheredParameters(students):
+            pass
+
+    def unseen() -> None:
+        gather = partition_parameters._dist_allgather_fn
+        partition_parameters._dist_allgather_fn = lambda *_: contextlib.nullcontext()
+        try:
+            with contextlib.suppress(AttributeError):  # there is nothing to wait for
+                again()
+        finally:
+            partition_parameters._dist_allgather_fn = gather
+
+    def count(name: str, more, known=weights) -> None:
+        try:
+            with Collectives(known) as counted:
+                ours.step()
+                more()
+            said[name] = [counted.gathers, max(counted.times.values()), len(counted.log)]
+        except Unaccounted as error:
+            said[name] = str(error)
+
+    ours.step()
+    count("nothing", lambda: None)
+    count("again", again)
+    count("one by one", one_by_one)
+    count("metadata", lambda: ours.engine.gather_int(1))
+    count("raw", lambda: torch.distributed.all_gather_into_tensor(whole, torch.zeros(8)))
+    count("as objects", lambda: torch.distributed.all_gather(list(whole.chunk(len(whole) // 8)), torch.zeros(8)))
+    count("a stranger", lambda: None, weights[:-1])
+    count("nothing again", lambda: None)
+    method = torch.distributed.ProcessGroup.all_gather_single
+    said["removed"] = not hasattr(method, "__wrapped__")
+    count("unseen", unseen)  # last: leaves parameters in flight
+    return {"first_loss": 0.0, "steps": [said], "seconds_per_step": [], "peak_bytes": []}
+
+
+def test_the_counter_sees_what_is_added():
+    said = results()[0, STEP]["steps"][0]
+    gathers, most, calls = said["nothing"]
+    assert (gathers, most) == (1, 1)
+    assert said["again"] == [2, 2, calls + 1]
+    gathers, most, more = said["one by one"]
+    assert (gathers, most) == (2, 2) and more >= calls + len(elements("full"))
+    assert said["metadata"] == [1, 1, calls + 1]
+    assert said["nothing again"] == said["nothing"] and said["removed"]
+
+
+def test_the_counter_refuses_what_does_not_agree():
+    said = results()[0, STEP]["steps"][0]
+    for name in ("raw", "as objects"):
+        assert said[name] == "1 all-gathers of 64 bytes belong to no parameter that was named (1 such)"
+    assert said["a stranger"] == "1 gathered parameters are none of those that were named (1 such)"
+    assert said["unseen"] == f"{len(elements('full'))} parameters were gathered by no collective (1 such)"
