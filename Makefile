@@ -26,7 +26,7 @@ demo: install
 	$(BIN)/python -m dopsd_fast.nano.report
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: install
 	$(BIN)/python bench/run.py --out runs/bench
