@@ -161,7 +161,7 @@ class Reducer:
             self._reduced.clear()
         for parameter in parameters:
             if parameter.grad is None:
-                _give_zeros(parameter)
+                give_zeros(parameter)
             self._zero.reduce_ready_partitions_and_remove_grads(parameter)
             self._reduced.add(id(parameter))
 
@@ -183,7 +183,8 @@ class Reducer:
         self._reduced.clear()
 
 
-def _give_zeros(parameter: Any) -> None:
+def give_zeros(parameter: Any) -> None:
+    """A gradient of zeros, fp32, to a parameter that may be sharded."""
     data = parameter.data
     if data.shape != parameter.ds_shape:  # sharded: a gradient must have the shape of the data
         parameter.data = data.new_empty(1).expand(parameter.ds_shape)

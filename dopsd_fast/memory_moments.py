@@ -7,6 +7,7 @@ allocates; the names of DeepSpeed's are those of version 0.19.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ class Moment:
 
 def _host_memory() -> int:
     """Bytes of the node, or of the container that this process may use."""
-    total = next(int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in line)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         limit = Path(name).read_text().strip() if Path(name).is_file() else "max"
         if limit.isdigit():

@@ -76,7 +76,7 @@ def describe(model: type[BaseModel], recipes: str, default: str) -> str:
     lines = [
         "usage: deepspeed dopsd_fast/train.py [RECIPE | FILE.toml] [field=value ...]",
         "",
-        f"recipes: {recipes} (without one: {default})",
+        *textwrap.wrap(f"recipes: {recipes} (without one: {default})", 110, subsequent_indent="  "),
         "Values are TOML: numbers, true, false, [\"lists\"]; anything else is taken as text.",
     ]
     section = None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dopsd_fast.deepspeed_config import deepspeed_config
 from dopsd_fast.errors import UserError
-from dopsd_fast.fetching import Fetcher, Holder, Reducer, sharded_parameters
+from dopsd_fast.fetching import Fetcher, Holder, Reducer, give_zeros, sharded_parameters
 from dopsd_fast.offload import attach, take_pinning
 from dopsd_fast.teacher import STUDENT, TEACHER, Pair, Trained, Turns
 
@@ -119,7 +119,7 @@ class Engine:
         config = deepspeed_config(settings)
         pinned = take_pinning(config)
         held = Holder(sharded_parameters(pair)) if self.gather in ("step", "sweep") else pair
-        self._engine = _initialize(held, self.optimizer, config)
+        self._engine = _initialize(held, self.optimizer, config, bool(settings.deepspeed.config))
         self._zero: Any = self._engine.optimizer if self.stage else None  # DeepSpeed's ZeRO optimizer around ours
         pair.gather, self.fetcher = self.gather, None
         if pair.fused is not None:
@@ -153,6 +153,8 @@ class Engine:
             except BaseException:
                 self._drop_gradients()
                 raise
+            if self.stage and not own:
+                self._fill_gradients()
         if own:
             self.reducer.finish()
         if not self.stage:
@@ -205,6 +207,19 @@ class Engine:
             self.optimizer.grad_scale = float(1.0 / ((norm + 1e-6) / self._clip).clamp(min=1.0))
         return float(norm)
 
+    def _fill_gradients(self) -> None:
+        """Zeros where a parameter got no gradient on this rank: DeepSpeed would reduce it on the other ranks alone, and at
+        stage 3 step it with the gradient of an earlier step."""
+        for trained in self._trained:
+            param = trained.student
+            if param.grad is None and getattr(param, "grad_accum", None) is None:
+                if self.stage == 3:
+                    give_zeros(param)
+                elif self._zero.use_grad_accum_attribute:
+                    param.grad_accum = torch.zeros_like(param, dtype=torch.float32)
+                else:
+                    param.grad = torch.zeros_like(param, dtype=torch.float32)
+
     def _drop_gradients(self) -> None:
         if self.fetcher is not None:
             self.reducer.forget()
@@ -226,11 +241,15 @@ class Engine:
             if self._zero is None:
                 yield Fragment(trained, 0, param.numel(), param, 0)
             elif self.stage < 3:
-                mapping = param._hp_mapping  # None: no element of it is on this rank
-                if mapping is not None:
-                    inside, held = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
-                    yield Fragment(trained, inside.start, held.numel, flat, held.start)
+                # Not by param._hp_mapping: with round_robin_gradients it follows another order than the flat tensor.
+                for group, whole in enumerate(self._zero.bit16_groups_flat):
+                    if param.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
+                        size = whole.numel() // self.world
+                        start = param.storage_offset() - whole.storage_offset() - size * self.rank
+                        first, last = max(start, 0), min(start + param.numel(), size)
+                        if first < last:  # else no element of it is on this rank
+                            flat = self._zero.single_partition_of_fp32_groups[group]
+                            yield Fragment(trained, first - start, last - first, flat, first)
             else:
                 group, start, size = self._zero.grad_position[self._zero.get_param_id(param)]
                 offset = size * self.rank
@@ -285,7 +304,10 @@ class Engine:
             gathered[0].partition(gathered)
         for param, value in values:
             param.ds_tensor.data.view(-1).narrow(0, 0, value.numel()).copy_(value)
-            param.ds_secondary_tensor = None
+        for trained in self._trained:  # hpZ's copies, also where this rank's part is only padding
+            for param in (trained.student, trained.teacher):
+                if param is not None:
+                    param.ds_secondary_tensor = None
         if gathered:
             gathered[0].all_gather(gathered)
 
@@ -403,6 +425,9 @@ class Engine:
         if self.offload is not None:
             self.offload.close()
         self._engine.destroy()
+        import deepspeed
+
+        deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's, which a later engine would go on using
 
 
 def _gather_of(settings: Settings) -> str | None:
@@ -412,7 +437,8 @@ def _gather_of(settings: Settings) -> str | None:
     return "step" if settings.deepspeed.gather == "auto" else settings.deepspeed.gather
 
 
-def _initialize(pair: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+def _initialize(pair: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], given: bool = False) -> Any:
+    """`given`: some of `config` is the user's, and what DeepSpeed objects to is taken to be that."""
     import deepspeed
     from pydantic import ValidationError
 
@@ -427,6 +453,10 @@ def _initialize(pair: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise UserError(f"deepspeed.config: {error.title}, {field}: {first['msg']}") from error
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        if not given:
+            raise
+        raise UserError(f"deepspeed.config: DeepSpeed refuses it: {' '.join(str(error).split())[:300]}") from error
     finally:
         logger.setLevel(level)
 
