@@ -172,7 +172,7 @@ class Run:
 
     @property
     def gloo(self) -> bool:
-        """Collectives of CPU ranks, which copy what they are given."""
+        """Collectives of CPU ranks: the thread that runs them keeps the tensors of the last one until the next."""
         return self.machine.kind == "cpu" and self.machine.ranks > 1
 
     @property
@@ -299,9 +299,9 @@ class Run:
         return self.machine.kind == "cpu"
 
     def _first_forward(self, ledger: Ledger, weights: dict[str, int], states: int) -> None:
-        """Every unit is gathered flat, then cut into parameters, while the next one is on its way."""
+        """A unit is gathered flat, then cut into parameters; the next one, on its way, is flat only."""
         units = self.sizes.adapter_units if self.whole_base else self.sizes.units
-        flight = max(units, default=0) * (3 if self.gloo else 2) if any(weights.values()) else 0
+        flight = max(units, default=0) if any(weights.values()) else 0
         forward = {kind: size // states for kind, size in self._forward().items()}
         ledger.moment("first forward", weights | {"gather buffers": self.sizes.item * flight} | forward)
 
@@ -316,7 +316,7 @@ class Run:
         self._first_forward(ledger, weights, self.settings.method.num_states)
         ledger.moment("forwards", weights | self._forward())
         swept = self.sizes.item * max(self.sizes.swept, default=0) if gathered else 0
-        weights = {"gathered weights": swept, "gather buffers": swept * (2 if self.gloo else 1)}
+        weights = {"gathered weights": swept, "gather buffers": swept}
         backwards = Counter(second) + Counter(weights | self._working())
         several = self.total > self.bucket  # then a bucket is reduced while states wait
         ledger.moment("backwards", backwards + Counter(self._reduction(0) if several else {}))
@@ -331,10 +331,10 @@ class Run:
         live = min(gathered, max(most, max(sizes.units, default=0)) + persistent)
         flat = item * min(ahead, gathered)
         weights = {"gathered weights": item * live}
-        # What is gathered ahead is flat at first, and has made no activations yet; gloo copies it, and holds on to the copy.
+        # What is gathered ahead is flat at first, and has made no activations yet; gloo holds on to the last of it.
         done = 1 - min(ahead, gathered) / max(gathered, 1)
         forward = {kind: int(done * size) for kind, size in self._forward().items()}
-        ledger.moment("first forward", weights | {"gather buffers": flat * (2 if self.gloo else 1)} | forward)
+        ledger.moment("first forward", weights | {"gather buffers": flat} | forward)
         always = flat if self.gloo or live < gathered else 0
         later = Counter(weights | {"gather buffers": always}) + Counter(second)
         ledger.moment("forward and backward", later + Counter(self._working()))

@@ -5,12 +5,15 @@ import shutil
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from dopsd_fast.errors import UserError
 from tests import tiny
 from tests.driving import authors_jsonl, data, image_folder, picture, rows, start, words
 
@@ -249,3 +252,18 @@ def test_no_space_for_the_export(tmp_path):
     (run / "export.tmp").unlink()
     start(words(**settings, train__steps=3)).succeed()
     assert (run / "export" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() != old
+
+
+def test_a_run_that_cannot_fit_is_refused(monkeypatch, capsys):
+    """Before anything is loaded, with the plan and what would help."""
+    from dopsd_fast import trainer
+    from dopsd_fast.families import open_family
+    from dopsd_fast.settings import load_settings
+
+    asked = SimpleNamespace(settings=load_settings(["train.batch_size=64", "deepspeed.stage=0"]), world=1, local_world=1,
+                            device=torch.device("cpu"), say=print)  # fmt: skip
+    asked.family = open_family(asked.settings.model.folder, asked.settings.conditioning, "auto")
+    monkeypatch.setattr(trainer.Machine, "here", lambda *_: trainer.Machine(1, 1, None, 2_000_000_000, "cpu"))
+    with pytest.raises(UserError, match="does not fit the memory of this machine: it would with train.activations=") as caught:
+        trainer.Trainer._planned(asked)
+    assert "does not fit (2.0 GB a node" in capsys.readouterr().out and "\n" not in str(caught.value)

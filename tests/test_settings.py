@@ -250,3 +250,28 @@ def test_toml_file_mistakes(tmp_path):
     file.write_text("[train]\nsteps = 3\n")
     file.rename(tmp_path / "a=b.toml")
     assert load_settings([str(tmp_path / "a=b.toml")]).train.steps == 3
+
+
+# ---- recipes that extend others ------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_extends_another(tmp_path):
+    base, middle, last = (tmp_path / f"{name}.toml" for name in ("base", "middle", "last"))
+    base.write_text('extends = "zimage_turbo_full"\n[train]\nsteps = 7\nseed = 3\n')
+    middle.write_text(f'extends = "{base}"\n[train]\nseed = 4\n')
+    last.write_text(f'extends = "{middle}"\n[deepspeed.config.zero_optimization]\noverlap_comm = true\n')
+    s = load_settings([str(last), "train.warmup=2"])
+    assert (s.recipe, s.train.steps, s.train.seed, s.train.warmup) == ("last", 7, 4, 2)
+    assert (s.train.learning_rate, s.deepspeed.stage) == (1e-5, 3)  # of the recipe that comes with the program
+    assert s.deepspeed.config == {"zero_optimization": {"overlap_comm": True}}
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ('extends = "nowhere"', "unknown recipe nowhere"),
+    ("extends = 3", "must be the name of a recipe"),
+    ('extends = "SELF"', "extend each other"),
+])  # fmt: skip
+def test_a_recipe_that_extends_nothing_good(text, said, tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text(text.replace("SELF", str(file)))
+    assert said in error(str(file))
