@@ -1,8 +1,10 @@
 """`deepspeed dopsd_fast/train.py [RECIPE | FILE.toml] [field=value ...]`: train. `--help` lists every field."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
@@ -32,8 +34,7 @@ def main(argv: list[str]) -> int:
     except LostPeer as error:
         if error.speaks:
             complain(str(error))
-        sys.stdout.flush()
-        os._exit(2)  # what libraries do at the end may wait for the rank that is gone
+        return 2
     except UserError as error:
         if rank == 0:
             complain(str(error))
@@ -52,5 +53,14 @@ def complain(text: str) -> None:
     print(f"error: {text}", file=sys.stderr, flush=True)
 
 
+def end(code: int) -> NoReturn:
+    """Ends the process at once: everything is on the disk, and threads of the libraries that are still there while the
+    interpreter takes itself apart have been seen to abort it."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end(main(sys.argv[1:]))
