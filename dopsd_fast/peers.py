@@ -36,7 +36,7 @@ PERIOD = 1.0
 """Seconds between two looks."""
 GRACE = 10.0
 """Seconds that the main thread has to notice for itself that a rank is gone."""
-LINGER = 5.0
+LINGER = 20.0
 """Seconds that rank 0, which holds the store, waits for the notes of the others before it ends."""
 MEETING = 120.0
 """Seconds within which all ranks say who they are, once they are in contact."""
@@ -382,11 +382,12 @@ class Peers:
 
     def _is_off(self, peer: Peer) -> bool:
         with self._lock:
-            return self._ended(peer) or self._note(peer) is not None
+            ended = self._ended(peer)  # asked first: after that no note comes any more
+            return self._note(peer) is not None or ended
 
     def _leave_note(self, end: dict[str, Any]) -> None:
-        with self._lock, contextlib.suppress(RuntimeError):
-            self._store.set(f"{PREFIX}{self.rank}/end", json.dumps(end))
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the file first: rank 0 removes it as soon as the store has the note
             if self.folder is not None:
                 self._write(asdict(self.everyone[self.rank]) | {"end": end})
+        with self._lock, contextlib.suppress(RuntimeError):
+            self._store.set(f"{PREFIX}{self.rank}/end", json.dumps(end))

@@ -159,6 +159,7 @@ from dopsd_fast import peers
 from dopsd_fast.errors import UserError
 rank, folder, far = int(os.environ["RANK"]), Path(sys.argv[1]), sys.argv[2] == "far"
 peers.GRACE = 1.5
+peers.PERIOD = 60 if sys.argv[3] == "first ends last" else peers.PERIOD
 if far:  # what a rank on another host looks like: no process of it here
     peers.Peer.runs = None
     inner = peers.Peer.me.__func__
@@ -169,9 +170,11 @@ try:
         them.meet()
         them.register(folder)
         (folder / f"{{rank}}.here").touch()
-        if sys.argv[3] == "fails" and rank == 1:
+        if sys.argv[3] == "first ends last":
+            time.sleep(2 if rank == 0 else 0)
+        elif sys.argv[3] == "fails" and rank == 1:
             raise UserError("out of luck")
-        if rank < 2:
+        elif rank < 2:
             time.sleep(600)  # as stuck as in a collective: no line of Python runs
 except UserError as error:
     print(f"error: rank {{rank}}: {{error}}", file=sys.stderr)
@@ -219,6 +222,13 @@ def test_a_rank_that_is_stuck_is_ended_when_another_has_failed(place, part):
     job.wait(MINUTE)
     assert job.codes == [2, 2]
     assert assert_one_line(job) == "error: rank 1: out of luck"
+
+
+def test_nothing_is_left_of_ranks_that_ended_well(part, tmp_path):
+    """Of those either that are gone before rank 0 has looked at them once."""
+    job = part("near", "first ends last")
+    job.wait(MINUTE)
+    assert job.codes == [0, 0, 0] and not (tmp_path / "run" / "ranks").exists(), job.err
 
 
 def test_a_process_is_told_from_a_later_one_with_its_number():
