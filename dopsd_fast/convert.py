@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def convert(arguments: argparse.Namespace) -> str:
 
 
 @dataclass
-class _Plan:
+class _Plan(ABC):
     """What is to be written: the name and shape of every tensor, in the order in which they are."""
 
     reader: CheckpointReader
@@ -100,8 +101,9 @@ class _Plan:
         for name, shape in self.shapes.items():
             yield name, self.reader(name, kind, 0, torch.Size(shape).numel(), buffer).view(shape)
 
+    @abstractmethod
     def write(self, kind: str, folder: Path) -> None:
-        raise NotImplementedError
+        """The files of one branch."""
 
     def describe(self) -> str:
         return f"{sum(torch.Size(shape).numel() for shape in self.shapes.values()) / 1e6:.1f} M numbers a model"
