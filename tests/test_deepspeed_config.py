@@ -119,6 +119,18 @@ def test_contradictions_name_both(words: str, names: tuple[str, ...]) -> None:
     assert text.startswith("impossible combination: deepspeed.config.") and all(name in text for name in names), text
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("train.masters=low_bits deepspeed.stage=0", "train.precision is fp32: use train.precision=bf16"),
+        ("train.masters=low_bits train.precision=bf16", "train.masters=low_bits needs deepspeed.stage=0, it is 2"),
+        ("deepspeed.gather=sweep deepspeed.stage=2", "deepspeed.gather=sweep gathers sharded weights, with deepspeed.stage=2"),
+    ],
+)
+def test_contradictions_among_our_own_settings(words: str, said: str) -> None:
+    assert said in error(words)
+
+
 def test_the_engine_refuses_them_too() -> None:
     settings = Settings()
     settings.deepspeed.config = {"optimizer": {"type": "Adam"}}

@@ -272,3 +272,15 @@ def test_coverage_on_the_meta_device() -> None:
     family = SimpleNamespace(load_transformer=lambda dtype: model, lora_targets=("to_q", "w1"), pair_forward=lambda *_: None)
     pair = build_pair(family, lora_settings(), torch.bfloat16)
     assert len(pair.trained()) == 8 and all(t.student.is_meta for t in pair.trained())
+
+
+@pytest.mark.parametrize(("norm", "clip", "scale"), [(0.7, 1.0, 1.0), (4.0, 1.0, 0.25), (4.0, 0.0, 1.0), (0.2, 0.1, 0.5)])
+def test_stage_0_scales_only_gradients_that_are_too_large(norm, clip, scale):
+    """1e-6 is added to the norm, as DeepSpeed does."""
+    from dopsd_fast.sharding import Engine
+
+    grads = torch.tensor([0.6, 0.0]) * norm, torch.tensor([[0.8]]) * norm
+    trained = [SimpleNamespace(student=SimpleNamespace(grad=grad)) for grad in grads]
+    engine = SimpleNamespace(_trained=trained, _clip=clip, optimizer=SimpleNamespace(grad_scale=1.0))
+    assert Engine._clip_gradients(engine) == pytest.approx(norm)
+    assert engine.optimizer.grad_scale == pytest.approx(scale, rel=2e-5)
