@@ -184,3 +184,26 @@ def test_the_counter_refuses_what_does_not_agree():
         assert said[name] == "1 all-gathers of 64 bytes belong to no parameter that was named (1 such)"
     assert said["a stranger"] == "1 gathered parameters are none of those that were named (1 such)"
     assert said["unseen"] == f"{len(elements('full'))} parameters were gathered by no collective (1 such)"
+
+
+# ---- what is held during a sweep back --------------------------------------------------------------------------------------
+
+
+def test_a_sweep_holds_what_acts_and_what_comes_next():
+    """Four units of one parameter each; the last turn comes back to the first unit."""
+    from dopsd_fast.fetching import Fetcher
+
+    units = [nn.Linear(1, 1, bias=False) for _ in range(4)]
+    names = {id(unit.weight): number for number, unit in enumerate(units)}
+    fetcher, held, seen, finished = Fetcher.__new__(Fetcher), set(range(4)), [], []
+    fetcher.gather = lambda position, wanted: held.update(names[id(p)] for p in wanted)
+    fetcher._launch = lambda position, wanted: held.update(names[id(p)] for p in wanted)
+
+    def release(parameters=None):
+        held.difference_update(range(4) if parameters is None else [names[id(p)] for p in parameters])
+
+    fetcher.release = release
+    turns = [([units[number]], lambda: seen.append(set(held))) for number in (3, 2, 1, 0, 3)]
+    fetcher.sweep(turns, lambda parameters: finished.append([names[id(p)] for p in parameters]))
+    assert seen == [{3, 2}, {3, 2, 1}, {3, 1, 0}, {3, 0}, {3}]
+    assert finished == [[], [2], [1], [0], [3]] and not held

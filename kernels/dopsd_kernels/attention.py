@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dopsd_kernels.attention_libraries import BACKENDS, usable
 from dopsd_kernels.costs import Cost, declares, size
+from dopsd_kernels.direct_autograd import differentiable, unrecorded
 from dopsd_kernels.sequences import Sequences
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ def attention_fwd(
         return out.contiguous(), lse.reshape(-1)
     outs, lses = [], []
     for rows, (batch, length) in _batches(runs):
-        out, lse = forward(*(x[rows].unflatten(0, (batch, length)) for x in (q, k, v)), None, length)
+        out, lse = forward(*_dense((q, k, v), rows, batch, length), None, length)
         outs.append(out.reshape(-1, *q.shape[1:]))
         lses.append(lse.reshape(-1))
     return _join(outs), _join(lses)
@@ -135,7 +136,7 @@ def attention_bwd(
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
     heads, parts = q.shape[1], []
     for rows, (batch, length) in _batches(runs):
-        tensors = (x[rows].unflatten(0, (batch, length)) for x in (dout, q, k, v, out))
+        tensors = _dense((dout, q, k, v, out), rows, batch, length)
         grads = backward(*tensors, lse[rows.start * heads : rows.stop * heads], None, length)
         parts.append([grad.reshape(-1, *q.shape[1:]) for grad in grads])
     dq, dk, dv = (_join(grads) for grads in zip(*parts))
@@ -161,6 +162,12 @@ def _batches(runs: Sequence[tuple[int, int, int]]) -> list[tuple[slice, tuple[in
     return [(slice(start, start + batch * length), (batch, length)) for start, batch, length in runs]
 
 
+def _dense(tensors: Sequence[Tensor], rows: slice, batch: int, length: int) -> list[Tensor]:
+    """`[T, H, Dh]` -> views `[batch, length, H, Dh]` of the given rows."""
+    shape = (batch, length, *tensors[0].shape[1:])
+    return [(x if x.shape[0] == batch * length else x[rows]).view(shape) for x in tensors]
+
+
 def _join(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
@@ -169,14 +176,18 @@ def _setup_context(ctx, inputs, output) -> None:
     q, k, v, starts, lengths, backend = inputs
     ctx.save_for_backward(q, k, v, *output, starts)
     ctx.lengths, ctx.backend = lengths, backend
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout: Tensor, _dlse: Tensor) -> tuple:
+def _backward(ctx, dout: Tensor | None, _dlse: Tensor | None) -> tuple:
+    if dout is None:
+        return (None,) * 6
     q, k, v, out, lse, starts = ctx.saved_tensors
-    return *attention_bwd(dout, q, k, v, out, lse, starts, ctx.lengths, ctx.backend), None, None, None
+    return *_backward_op(dout, q, k, v, out, lse, starts, ctx.lengths, ctx.backend), None, None, None
 
 
 attention_fwd.register_autograd(_backward, setup_context=_setup_context)
+_forward_op, _backward_op = differentiable(attention_fwd, _setup_context, _backward), unrecorded(attention_bwd)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, backend: str = "auto") -> Tensor:
@@ -204,7 +215,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, backend: st
             f"attention: backend {backend!r} cannot do {q.dtype} with head dim {q.shape[-1]} on {q.device}; "
             'use "auto"'
         )
-    return attention_fwd(q, k, v, sequences.starts, sequences.lengths, backend)[0]
+    return _forward_op(q, k, v, sequences.starts, sequences.lengths, backend)[0]
 
 
 def _products(q: Tensor, lengths: Sequence[int]) -> int:

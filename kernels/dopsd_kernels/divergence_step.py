@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dopsd_kernels import backend
+from dopsd_kernels import backend, native_ops
 from dopsd_kernels.costs import Cost, declares, size
 from dopsd_kernels.cubins import CompileCase
+from dopsd_kernels.direct_autograd import differentiable
 from dopsd_kernels.launch import launch
 from dopsd_kernels.triton_compat import tl, triton
 
@@ -129,7 +130,11 @@ def divergence_step_fwd(
     where not asked). Only mean_square is differentiable, with respect to v_s. Errors: see `divergence_step`."""
     _check(v_s, v_t, x)
     wide = _wide(v_s, v_t, x)
-    if wide == torch.float64 or backend.choose(v_s) != "triton":
+    native = native_ops.has("divergence_step") and v_s.ndim > 0 and native_ops.usable(v_s, v_t, x)
+    chosen = "torch" if wide == torch.float64 else backend.choose(v_s, native)
+    if chosen == "native":
+        return native_ops.divergence_step_fwd(v_s, v_t, x, weight, dt, t, want_next, want_x1)
+    if chosen == "torch":
         return _forward_torch(v_s, v_t, x, weight, dt, t, want_next, want_x1)
     n = v_s.numel()
     mean_square = v_s.new_zeros((), dtype=wide) if n == 0 else v_s.new_empty((), dtype=wide)
@@ -161,10 +166,13 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     v_s, v_t, _, ctx.weight, *_ = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*((output[1],) if ctx.weight else (v_s, v_t)))
 
 
-def _backward(ctx: Any, dmean: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dmean: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dmean is None:
+        return (None,) * 8
     if ctx.weight:
         (grad_v,) = ctx.saved_tensors
         dv = grad_v * (dmean / ctx.weight)
@@ -175,6 +183,7 @@ def _backward(ctx: Any, dmean: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
 
 
 divergence_step_fwd.register_autograd(_backward, setup_context=_setup)
+_forward_op = differentiable(divergence_step_fwd, _setup, _backward)
 
 
 @dataclass(frozen=True)
@@ -199,7 +208,7 @@ def divergence_step(
     have x's dtype. Raises ValueError for shapes or devices that differ, other dtypes, and tensors that are not contiguous.
     """
     step = 0.0 if dt is None else dt
-    mean_square, _, x_next, x1_s, x1_t = divergence_step_fwd(v_s, v_t, x, weight, step, t, dt is not None, want_x1)
+    mean_square, _, x_next, x1_s, x1_t = _forward_op(v_s, v_t, x, weight, step, t, dt is not None, want_x1)
     return Divergence(
         loss=mean_square * weight,
         mean_square=mean_square.detach(),

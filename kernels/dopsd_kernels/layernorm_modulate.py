@@ -16,8 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dopsd_kernels import native_ops
 from dopsd_kernels.costs import Cost, declares, size
 from dopsd_kernels.cubins import CompileCase
+from dopsd_kernels.direct_autograd import differentiable, unrecorded
 from dopsd_kernels.launch import launch
 from dopsd_kernels.norm_parts import (
     MOST_SPLIT,
@@ -147,7 +149,10 @@ def layernorm_modulate_fwd(
     scale and shift need it."""
     check("layernorm_modulate", x, row_sequence, {}, {}, {"scale": scale, "shift": shift})
     statistics = statistics_dtype(x.dtype)
-    if choose("layernorm_modulate", x, scale, shift) != "triton":
+    chosen = choose("layernorm_modulate", x, scale, shift)
+    if chosen == "native":
+        return native_ops.layernorm_modulate_fwd(x, scale, shift, row_sequence, eps)
+    if chosen != "triton":
         value = x.to(statistics)
         mean = value.mean(-1)
         value = value - mean[:, None]
@@ -194,9 +199,14 @@ def layernorm_modulate_bwd(
     """-> (dx `[T, D]`, dscale and dshift `[S, D]` of rstd's dtype, y as the forward made it); what is not asked, or
     belongs to a None, is empty. `chunks` is read only for dscale and dshift."""
     check("layernorm_modulate_bwd", x, row_sequence, {"dy": dy}, {}, {"scale": scale, "shift": shift})
+    chosen = choose("layernorm_modulate", x, dy, scale, shift)
+    if chosen == "native":
+        return native_ops.layernorm_modulate_bwd(
+            dy, x, scale, shift, mean, rstd, row_sequence, chunks, need_modulation, emit_y
+        )
     parts = _parts(x, scale, shift, need_modulation)
     (_, dscale), (_, dshift) = (part.results(x) for part in parts)
-    if choose("layernorm_modulate", x, dy, scale, shift) != "triton":
+    if chosen != "triton":
         dx, y = _backward_torch(dy, x, parts, mean, rstd, row_sequence, emit_y)
         return dx, dscale, dshift, y
     tokens, width = x.shape
@@ -257,13 +267,14 @@ def _backward(ctx, dy, _, __):
     _, need_scale, need_shift, *_ = ctx.needs_input_grad
     asked = need_scale or need_shift
     chunks = chunks_or_none("layernorm_modulate_fwd", chunks, row_sequence, asked)
-    dx, dscale, dshift, _ = layernorm_modulate_bwd(
+    dx, dscale, dshift, _ = _backward_op(
         contiguous_rows(dy), x, scale, shift, mean, rstd, row_sequence, chunks, asked, False
     )
     return dx, like(dscale, scale, need_scale), like(dshift, shift, need_shift), None, None, None
 
 
 layernorm_modulate_fwd.register_autograd(_backward, setup_context=_save)
+_forward_op, _backward_op = differentiable(layernorm_modulate_fwd, _save, _backward), unrecorded(layernorm_modulate_bwd)
 
 
 def layernorm_modulate(
@@ -275,7 +286,7 @@ def layernorm_modulate(
     stride. Computed in fp32 (float64: in float64). ValueError for another shape, dtype, device or stride.
     """
     check_sequences("layernorm_modulate", x, {"scale": scale, "shift": shift}, sequences)
-    return layernorm_modulate_fwd(x, scale, shift, sequences.row_sequence, eps, sequences.chunks)[0]
+    return _forward_op(x, scale, shift, sequences.row_sequence, eps, sequences.chunks)[0]
 
 
 @declares("dopsd::layernorm_modulate_fwd")

@@ -72,6 +72,46 @@ def rmsnorm_modulate_bwd(
     return dx, dweight, dscale, y
 
 
+def layernorm_modulate_fwd(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, row_sequence: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, width = x.shape
+    y, mean, rstd = x.new_empty(tokens, width), x.new_empty(tokens), x.new_empty(tokens)
+    _native.layernorm_modulate_fwd(
+        tokens, width, _sequences(scale, shift), row_sequence.data_ptr(), *_rows(x), *_rows(scale), *_rows(shift), eps,
+        y.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def layernorm_modulate_bwd(
+    dy: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, mean: Tensor, rstd: Tensor, row_sequence: Tensor,
+    chunks: Tensor, need_modulation: bool, emit_y: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    tokens, width = x.shape
+    dx, y = x.new_empty(tokens, width), x.new_empty((tokens, width) if emit_y else 0)
+    dscale, dshift = _new(scale, need_modulation, x), _new(shift, need_modulation, x)
+    _native.layernorm_modulate_bwd(
+        tokens, width, _sequences(scale, shift), row_sequence.data_ptr(), chunks.data_ptr(), chunks.shape[0], *_rows(dy),
+        *_rows(x), *_rows(scale), *_rows(shift), mean.data_ptr(), rstd.data_ptr(), dx.data_ptr(), dscale.data_ptr(),
+        dshift.data_ptr(), y.data_ptr(),
+    )  # fmt: skip
+    return dx, dscale, dshift, y
+
+
+def divergence_step_fwd(
+    v_s: Tensor, v_t: Tensor, x: Tensor, weight: float, dt: float, t: float, want_next: bool, want_x1: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n = v_s.numel()
+    mean_square, grad_v, x_next = v_s.new_empty(()), torch.empty_like(v_s), x.new_empty(x.shape if want_next else 0)
+    x1_s, x1_t = (x.new_empty(x.shape if want_x1 else 0) for _ in range(2))
+    _native.divergence_step_fwd(
+        n, v_s.data_ptr(), v_t.data_ptr(), x.data_ptr(), 2 * weight / max(n, 1), dt, 1 - t, mean_square.data_ptr(),
+        grad_v.data_ptr(), x_next.data_ptr(), x1_s.data_ptr(), x1_t.data_ptr(),
+    )  # fmt: skip
+    return mean_square, grad_v, x_next, x1_s, x1_t
+
+
 def gated_residual_norm_fwd(
     x: Tensor, h: Tensor, weight: Tensor, gate: Tensor | None, next_weight: Tensor | None, next_scale: Tensor | None,
     row_sequence: Tensor, eps: float,

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from dopsd_kernels import _native, backend, native_ops
+from dopsd_kernels.divergence_step import Divergence, divergence_step, divergence_step_ref
 from dopsd_kernels.gated_residual_norm import gated_residual_norm, gated_residual_norm_ref
+from dopsd_kernels.layernorm_modulate import layernorm_modulate, layernorm_modulate_ref
 from dopsd_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 from dopsd_kernels.rmsnorm_modulate import rmsnorm_modulate, rmsnorm_modulate_bwd, rmsnorm_modulate_fwd, rmsnorm_modulate_ref
 from dopsd_kernels.sequences import Sequences
@@ -76,6 +78,18 @@ def rmsnorm_case(lengths: tuple[int, ...], width: int, weight: bool, scale: bool
     )
 
 
+def layernorm_case(lengths: tuple[int, ...], width: int, scale: bool, shift: bool) -> Case:
+    """Rows off centre: their mean is large beside their spread."""
+    sequences = Sequences(lengths)
+    inputs = [3 + wide(sequences.tokens, width), *(modulation(len(lengths), width, i) if w else None
+              for i, w in enumerate((scale, shift)))]  # fmt: skip
+    return (
+        lambda x, a, b: layernorm_modulate(x, a, b, sequences, EPS),
+        lambda x, a, b: layernorm_modulate_ref(x, a, b, sequences.row_sequence, EPS),
+        inputs,
+    )
+
+
 def gated_case(lengths: tuple[int, ...], width: int, gate: bool, following: bool, scale: bool) -> Case:
     sequences = Sequences(lengths)
     inputs = [
@@ -122,6 +136,14 @@ CASES: dict[str, Callable[[], Case]] = {
     "rmsnorm plain": lambda: rmsnorm_case((3, 2), 64, False, False),
     "rmsnorm full width": lambda: rmsnorm_case((3, 2), 3840, True, True),
     "rmsnorm parallel": lambda: rmsnorm_case((160,) * 4, 144, True, True),
+    "layernorm T=0": lambda: layernorm_case((0, 0), 36, True, True),
+    "layernorm one row": lambda: layernorm_case((1,), 123, True, True),
+    "layernorm unequal": lambda: layernorm_case((70, 0, 52, 1), 144, True, True),
+    "layernorm scale": lambda: layernorm_case((2, 0, 3), 19, True, False),
+    "layernorm shift": lambda: layernorm_case((2, 0, 3), 19, False, True),
+    "layernorm plain": lambda: layernorm_case((3, 2), 64, False, False),
+    "layernorm full width": lambda: layernorm_case((3, 2), 3840, True, True),
+    "layernorm parallel": lambda: layernorm_case((160,) * 4, 144, True, True),
     "gated T=0": lambda: gated_case((0, 0), 36, True, True, True),
     "gated one row": lambda: gated_case((1,), 123, True, True, True),
     "gated unequal": lambda: gated_case((70, 0, 52, 1), 144, True, True, True),
@@ -150,7 +172,7 @@ def test_error_rule(case, isa, monkeypatch):
     """Outputs and gradients; and it was the native kernel that ran."""
     ours, reference, inputs = CASES[case]()
     calls = []
-    for name in ("rmsnorm_modulate", "gated_residual_norm", "qk_norm_rope", "swiglu"):
+    for name in ("rmsnorm_modulate", "layernorm_modulate", "gated_residual_norm", "qk_norm_rope", "swiglu"):
         for direction in (f"{name}_fwd", f"{name}_bwd"):
             function = getattr(native_ops, direction)
             monkeypatch.setattr(native_ops, direction, lambda *a, f=function, d=direction: (calls.append(d[-3:]), f(*a))[1])
@@ -193,14 +215,45 @@ def test_swiglu_far_out(isa):
     torch.testing.assert_close(s, again, equal_nan=True)
 
 
+def states(result: Divergence) -> list[Tensor]:
+    return [t for t in (result.x_next, result.x1_s, result.x1_t) if t is not None]
+
+
+@pytest.mark.parametrize("n", [0, 1, 19, 4096, 9_001])
+@pytest.mark.parametrize("dt, want_x1", [(0.15, True), (0.15, False), (None, False)])
+def test_divergence_step(n, dt, want_x1, isa, monkeypatch):
+    """The error rule, and that the native kernel ran; gradients for a weight and for none."""
+    calls = []
+    function = native_ops.divergence_step_fwd
+    monkeypatch.setattr(native_ops, "divergence_step_fwd", lambda *a: (calls.append(1), function(*a))[1])
+    inputs = [random(n, seed=i) for i in range(3)]
+
+    def run(step: Callable[..., Divergence], tensors: list[Tensor], weight: float) -> list[Tensor]:
+        v_s = tensors[0].clone().requires_grad_()
+        result = step(v_s, *tensors[1:], weight, dt, 0.1, want_x1)
+        outcome = result.loss if weight else result.mean_square
+        gradient = torch.autograd.grad(result.loss, v_s)[0]
+        return [outcome.detach(), gradient, *states(result)]
+
+    for weight in (0.25, 0.0):
+        with backend.forced("native"):
+            ours = run(divergence_step, inputs, weight)
+        doubles = [t.double() for t in inputs]
+        assert_twice(ours, run(divergence_step_ref, inputs, weight), run(divergence_step_ref, doubles, weight), f"{isa} {n}")
+    assert calls == [1, 1]
+    one, two = torch.tensor(3.0), torch.tensor(1.0)  # no dimension: plain PyTorch
+    assert divergence_step(one, two, one, 0.5, 0.1, 0.2).loss == 2
+
+
 def everything() -> list[Tensor]:
     """Every kernel's every result, at sizes that are worth several threads."""
     results: list[Tensor] = []
     with backend.forced("native"):
-        for case in ("rmsnorm parallel", "gated parallel", "rope parallel", "swiglu"):
+        for case in ("rmsnorm parallel", "layernorm parallel", "gated parallel", "rope parallel", "swiglu"):
             ours, _, inputs = CASES[case]()
             results += with_gradients(ours, inputs)
-    return results
+        result = divergence_step(*(random(3, 10_001, seed=i) for i in range(3)), 0.25, 0.15, 0.1, want_x1=True)
+    return [*results, result.loss, *states(result)]
 
 
 def test_same_bits_for_any_number_of_threads(isa, threads):

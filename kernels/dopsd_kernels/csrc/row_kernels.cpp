@@ -137,6 +137,86 @@ void rmsnorm_modulate_bwd(const NormBackward &a) {
     finish(a.layout, a.factor, a.gradient);
 }
 
+void layernorm_modulate_fwd(const LayerNormForward &a) {
+    const std::int64_t width = a.layout.width;
+    const In factor = make_factor(a.factor, a.layout);
+    for_pieces(a.layout, [&](std::int64_t first, std::int64_t last, std::int64_t) {
+        for (std::int64_t t = first; t < last; ++t) {
+            const std::int32_t s = a.layout.row_sequence[t];
+            const float *x = a.x[t], *f = factor[s], *shift = a.shift ? a.shift[s] : nullptr;
+            float *y = a.y + t * width;
+            const float center = reduce(width, [=](auto i, auto tag, Vec sum) { return sum + load(x + i, tag); }) /
+                                 static_cast<float>(width);
+            columns(width, [=](auto i, auto tag) { store(y + i, load(x + i, tag) - center, tag); });
+            const float rstd = reciprocal_root(sum_of_squares(y, width), width, a.eps);
+            a.mean[t] = center;
+            a.rstd[t] = rstd;
+            columns(width, [=](auto i, auto tag) {
+                const Vec value = load(y + i, tag) * rstd * load(f + i, tag);
+                store(y + i, shift ? value + load(shift + i, tag) : value, tag);
+            });
+        }
+    });
+}
+
+void layernorm_modulate_bwd(const LayerNormBackward &a) {
+    const std::int64_t width = a.layout.width;
+    const In factor = make_factor(a.factor, a.layout);
+    for_pieces(a.layout, [&](std::int64_t first, std::int64_t last, std::int64_t c) {
+        float *by_scale = a.scale_gradient.asked() ? a.scale_gradient.partial + c * width : nullptr;
+        float *by_shift = a.shift_gradient.asked() ? a.shift_gradient.partial + c * width : nullptr;
+        if (by_scale) clear(by_scale, width);
+        if (by_shift) clear(by_shift, width);
+        for (std::int64_t t = first; t < last; ++t) {
+            const std::int32_t s = a.layout.row_sequence[t];
+            const float *dy = a.dy[t], *x = a.x[t], *f = factor[s], *shift = a.shift ? a.shift[s] : nullptr;
+            float *dx = a.dx + t * width, *y = a.y ? a.y + t * width : nullptr;
+            const Vec rstd = a.rstd[t], center = a.mean[t];
+            Vec total;
+            const float dot = reduce(width, [&](auto i, auto tag, Vec sum) {
+                const Vec d = load(dy + i, tag), hat = (load(x + i, tag) - center) * rstd, g = d * load(f + i, tag);
+                if (by_scale) store(by_scale + i, fma(d, hat, load(by_scale + i, tag)), tag);
+                if (by_shift) store(by_shift + i, load(by_shift + i, tag) + d, tag);
+                total = total + g;
+                return fma(g, hat, sum);
+            });
+            const Vec inner = dot / static_cast<float>(width), mean = sum(total) / static_cast<float>(width);
+            columns(width, [=](auto i, auto tag) {
+                const Vec hat = (load(x + i, tag) - center) * rstd, f_i = load(f + i, tag);
+                store(dx + i, rstd * (load(dy + i, tag) * f_i - mean - hat * inner), tag);
+                if (y) store(y + i, shift ? hat * f_i + load(shift + i, tag) : hat * f_i, tag);
+            });
+        }
+    });
+    finish(a.layout, a.factor, a.scale_gradient);
+    finish(a.layout, Factor{nullptr, a.shift}, a.shift_gradient);
+}
+
+void divergence_step_fwd(const Divergence &a) {
+    const std::int64_t blocks = (a.n + Divergence::kBlock - 1) / Divergence::kBlock;
+    [[maybe_unused]] const bool parallel = a.n >= kParallelFrom;
+#pragma omp parallel for schedule(static) if (parallel)
+    for (std::int64_t b = 0; b < blocks; ++b) {
+        const std::int64_t first = b * Divergence::kBlock;
+        const std::int64_t n = a.n - first < Divergence::kBlock ? a.n - first : Divergence::kBlock;
+        const float *v_s = a.v_s + first, *v_t = a.v_t + first, *x = a.x + first;
+        float *grad_v = a.grad_v + first;
+        a.sums[b] = reduce(n, [&](auto i, auto tag, Vec sum) {
+            const Vec s = load(v_s + i, tag), t = load(v_t + i, tag), difference = s - t;
+            store(grad_v + i, difference * a.gradient_scale, tag);
+            if (a.x_next) store(a.x_next + first + i, fma(s, a.dt, load(x + i, tag)), tag);
+            if (a.x1_s) {
+                store(a.x1_s + first + i, fma(s, a.rest, load(x + i, tag)), tag);
+                store(a.x1_t + first + i, fma(t, a.rest, load(x + i, tag)), tag);
+            }
+            return fma(difference, difference, sum);
+        });
+    }
+    double total = 0.0;
+    for (std::int64_t b = 0; b < blocks; ++b) total += a.sums[b];
+    *a.mean_square = static_cast<float>(total / static_cast<double>(a.n > 0 ? a.n : 1));
+}
+
 void gated_residual_norm_fwd(const GatedForward &a) {
     const std::int64_t width = a.layout.width;
     const In gate = make_factor(a.gate, a.layout), next = a.y ? make_factor(a.next, a.layout) : In{};

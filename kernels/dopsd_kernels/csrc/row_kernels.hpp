@@ -58,6 +58,27 @@ struct NormBackward {
     float *y;  // null: not asked
 };
 
+// Without weight: factor.weight stays null. shift may be null.
+struct LayerNormForward {
+    Layout layout;
+    In x;
+    Factor factor;
+    In shift;
+    float eps;
+    float *y, *mean, *rstd;
+};
+
+struct LayerNormBackward {
+    Layout layout;
+    In dy, x;
+    Factor factor;
+    In shift;
+    const float *mean, *rstd;
+    float *dx;
+    FactorGradient scale_gradient, shift_gradient;
+    float *y;  // null: not asked
+};
+
 struct GatedForward {
     Layout layout;
     In x, h;
@@ -96,6 +117,16 @@ struct Rope {
 };
 constexpr std::int64_t kMaxHeadDim = 1024;
 
+// n elements in one piece each; x_next, x1_s, x1_t null where not asked. `sums`: scratch [ceil(n / kBlock)].
+struct Divergence {
+    static constexpr std::int64_t kBlock = 512;  // sums in fp32, blocks are added in float64
+    std::int64_t n;
+    const float *v_s, *v_t, *x;
+    float gradient_scale, dt, rest;
+    float *mean_square, *grad_v, *x_next, *x1_s, *x1_t;
+    double *sums;
+};
+
 struct Swiglu {
     std::int64_t tokens, width;
     In gu, ds;
@@ -106,6 +137,9 @@ struct Swiglu {
     namespace isa {                                         \
     void rmsnorm_modulate_fwd(const NormForward &);         \
     void rmsnorm_modulate_bwd(const NormBackward &);        \
+    void layernorm_modulate_fwd(const LayerNormForward &);  \
+    void layernorm_modulate_bwd(const LayerNormBackward &); \
+    void divergence_step_fwd(const Divergence &);           \
     void gated_residual_norm_fwd(const GatedForward &);     \
     void gated_residual_norm_bwd(const GatedBackward &);    \
     void qk_norm_rope_fwd(const Rope &);                    \

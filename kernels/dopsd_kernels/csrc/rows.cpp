@@ -74,6 +74,41 @@ void rmsnorm_modulate_bwd(Int tokens, Int width, Int sequences, Address row_sequ
     DOPSD_SELECT(rmsnorm_modulate_bwd)(a);
 }
 
+void layernorm_modulate_fwd(Int tokens, Int width, Int sequences, Address row_sequence, Address x, Int x_stride,
+                            Address scale, Int scale_stride, Address shift, Int shift_stride, float eps, Address y,
+                            Address mean, Address rstd) {
+    const nb::gil_scoped_release unlocked;
+    LayerNormForward a{layout(tokens, width, sequences, row_sequence), rows(x, x_stride),
+                       {nullptr, rows(scale, scale_stride)}, rows(shift, shift_stride), eps, at(y), at(mean), at(rstd)};
+    Scratch table;
+    give_table(a.layout, a.factor, table);
+    DOPSD_SELECT(layernorm_modulate_fwd)(a);
+}
+
+void layernorm_modulate_bwd(Int tokens, Int width, Int sequences, Address row_sequence, Address chunks, Int chunk_count,
+                            Address dy, Int dy_stride, Address x, Int x_stride, Address scale, Int scale_stride, Address shift,
+                            Int shift_stride, Address mean, Address rstd, Address dx, Address dscale, Address dshift,
+                            Address y) {
+    LayerNormBackward a{layout(tokens, width, sequences, row_sequence), rows(dy, dy_stride), rows(x, x_stride),
+                        {nullptr, rows(scale, scale_stride)}, rows(shift, shift_stride), at(mean), at(rstd), at(dx),
+                        {nullptr, at(dscale)}, {nullptr, at(dshift)}, at(y)};
+    Scratch table, scale_sums, shift_sums;
+    give_table(a.layout, a.factor, table);
+    if (a.scale_gradient.asked() || a.shift_gradient.asked()) give_chunks(a.layout, chunks, chunk_count);
+    give_sums(a.layout, a.factor, a.scale_gradient, scale_sums);
+    give_sums(a.layout, {nullptr, a.shift}, a.shift_gradient, shift_sums);
+    const nb::gil_scoped_release unlocked;
+    DOPSD_SELECT(layernorm_modulate_bwd)(a);
+}
+
+void divergence_step_fwd(Int n, Address v_s, Address v_t, Address x, float gradient_scale, float dt, float rest,
+                         Address mean_square, Address grad_v, Address x_next, Address x1_s, Address x1_t) {
+    const nb::gil_scoped_release unlocked;
+    const std::unique_ptr<double[]> sums(new double[static_cast<std::size_t>(n / Divergence::kBlock + 1)]);
+    DOPSD_SELECT(divergence_step_fwd)({n, at(v_s), at(v_t), at(x), gradient_scale, dt, rest, at(mean_square), at(grad_v),
+                                       at(x_next), at(x1_s), at(x1_t), sums.get()});
+}
+
 void gated_residual_norm_fwd(Int tokens, Int width, Int sequences, Address row_sequence, Address x, Int x_stride, Address h,
                              Int h_stride, Address weight, Address gate, Int gate_stride, Address next_weight,
                              Address next_scale, Int next_stride, float eps, Address r, Address y, Address rstd_h,
@@ -158,6 +193,9 @@ void swiglu_bwd(Int tokens, Int width, Address ds, Int ds_stride, Address gu, In
 void register_rows(nb::module_ &m) {
     m.def("rmsnorm_modulate_fwd", &rmsnorm_modulate_fwd);
     m.def("rmsnorm_modulate_bwd", &rmsnorm_modulate_bwd);
+    m.def("layernorm_modulate_fwd", &layernorm_modulate_fwd);
+    m.def("layernorm_modulate_bwd", &layernorm_modulate_bwd);
+    m.def("divergence_step_fwd", &divergence_step_fwd);
     m.def("gated_residual_norm_fwd", &gated_residual_norm_fwd);
     m.def("gated_residual_norm_bwd", &gated_residual_norm_bwd);
     m.def("qk_norm_rope_fwd", &qk_norm_rope_fwd);
