@@ -1,48 +1,67 @@
-"""Rows of a benchmark, their file and table, and the clock that takes them."""
+"""Rows of a benchmark and their files: `results.json` and `results.csv`, whose schema is the docstring of `Row`."""
 
 from __future__ import annotations
 
-import gc
+import csv
 import json
-import os
-import platform
-import statistics
-import subprocess
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-FILE = "results.json"
+FILE, TABLE = "results.json", "results.csv"
+Status = Literal["ok", "fallback", "failed"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number. `variant`: "ours" or a peer, "R1" ... "R4". `value` is the median of `n` measurements where there
-    were several, `p20` and `p80` their percentiles (None for what was counted or computed)."""
+    """One number: an entry of "rows" in results.json, a line of results.csv.
+
+    suite    the suite that measured it
+    case     what was measured; "lora/R1" in a row of a ratio: ours against R1; "@" and what differs from the standard case
+    variant  "ours", a peer ("R1" ... "R4", "eager", "compiled", "plain"), a ceiling ("copy", "gemm", "floor")
+    metric   what the number is: "seconds_per_step", "speedup", ...
+    value    the median of `n` measurements where there were several; None only where `status` is "failed"
+    unit     "s", "x", "B", "" for a count or a share, ...
+    p20, p80 their percentiles; None for what was counted or computed
+    n        the number of measurements
+    status   "ok"; "fallback": measured, but by another path than the variant stands for; "failed": not measured
+    note     why, one line, where the status is not "ok"; else what a reader of the row should know, mostly nothing
+    """
 
     suite: str
     case: str
     variant: str
     metric: str
-    value: float
+    value: float | None
     unit: str
     p20: float | None = None
     p80: float | None = None
     n: int = 1
+    status: Status = "ok"
+    note: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.suite, self.case, self.variant, self.metric
+
+
+def failed(suite: str, case: str, variant: str, metric: str, unit: str, error: BaseException | str) -> Row:
+    """The row of a variant that could not be measured."""
+    said = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    return Row(suite, case, variant, metric, None, unit, n=0, status="failed", note=" ".join(said.split())[:200])
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line gives to every suite. `model`: folder of a pipeline in diffusers' layout. `quick`: the
-    fewest repetitions that exercise everything, for tests; its numbers mean nothing."""
+    """What the command line gives to every suite. `model`: "nano", "zimage-turbo", or a pipeline folder in diffusers' layout
+    (see bench/models.py). `quick`: the fewest repetitions that exercise everything, for tests; its numbers mean nothing.
+    `tour`: the standard cases only, with fewer repetitions, so that all suites together take five minutes."""
 
-    model: Path
+    model: str
     device: torch.device
     quick: bool = False
     threads: int = 2
@@ -52,168 +71,47 @@ class Options:
     """"wall", or "cpu": this process's CPU time, which other programs on the machine disturb less; for one thread."""
     peers: tuple[str, ...] = ("R1", "R2", "R3", "R4")
     kinds: tuple[str, ...] = ("lora", "full")
+    tour: bool = False
+    ranks: tuple[int, ...] = ()
+    """zero: how many processes, one or several numbers; empty: 2 on a CPU, one a GPU."""
 
-
-# ---- the clock -------------------------------------------------------------------------------------------------------
-
-
-class Summary(TypedDict):
-    value: float
-    p20: float
-    p80: float
-    n: int
-
-
-def summary(values: Sequence[float]) -> Summary:
-    """Median, 20th and 80th percentile (linear between neighbours) and count, named as in `Row`."""
-    if len(values) == 1:
-        return {"value": values[0], "p20": values[0], "p80": values[0], "n": 1}
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return {"value": statistics.median(values), "p20": fifths[0], "p80": fifths[3], "n": len(values)}
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def interleaved(
-    calls: Mapping[str, Callable[[], Any]],
-    rounds: int,
-    warmup: int,
-    device: torch.device | str = "cpu",
-    clock: str = "wall",
-) -> dict[str, list[float]]:
-    """Seconds of each call in each of `rounds` rounds; entry i of every list is from the same round. `clock`: as in Options.
-
-    A round runs every call once, beginning one further each time, so that a slow spell of the machine and what a call
-    leaves in the caches fall on all alike. `warmup` rounds are not counted; the garbage collector runs between rounds.
-    """
-    device = torch.device(device)
-    names = list(calls)
-    now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    collecting = gc.isenabled()
-    gc.disable()
-    gc.freeze()  # what is alive already need not be searched in every round
-    try:
-        for number in range(warmup + rounds):
-            gc.collect()
-            first = number % len(names)
-            for name in names[first:] + names[:first]:
-                synchronize(device)
-                started = now()
-                calls[name]()
-                synchronize(device)
-                if number >= warmup:
-                    seconds[name].append(now() - started)
-    finally:
-        gc.unfreeze()
-        if collecting:
-            gc.enable()
-    return seconds
-
-
-def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
-    """slow / fast, round by round: what slows a whole round cancels."""
-    return [a / b for a, b in zip(slow, fast, strict=True)]
-
-
-# ---- the file --------------------------------------------------------------------------------------------------------
-
-
-def environment(options: Options) -> dict[str, Any]:
-    """Machine, versions, commit and the options of the run."""
-    facts: dict[str, Any] = {
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        "threads": options.threads,
-        "clock": options.clock,
-        "commit": commit(),
-        "model": options.model.name,
-        "device": str(options.device),
-        "quick": options.quick,
-    }
-    for package in ("torch", "triton", "diffusers", "transformers", "peft", "deepspeed", "flash-attn"):
-        try:
-            facts[package] = version(package)
-        except PackageNotFoundError:
-            facts[package] = None
-    if options.device.type == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name(options.device)
-        facts["compute_capability"] = list(torch.cuda.get_device_capability(options.device))
-        facts["cuda"] = torch.version.cuda
-        facts["driver"] = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return facts
-
-
-def commit() -> str | None:
-    """The commit of this checkout, with "+" when a tracked file differs from it; None outside of one."""
-    found = said("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    changed = found and said("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
-    return f"{found}+" if found and changed else found
-
-
-def said(*command: str) -> str | None:
-    """What a command prints, None when it cannot run."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    def repeats(self, usual: int, tour: int, quick: int = 2) -> int:
+        """Rounds of a suite: what the command line says, or its own."""
+        return self.rounds or (quick if self.quick else tour if self.tour else usual)
 
 
 def write_results(folder: Path, facts: Mapping[str, Any], rows: Iterable[Row]) -> Path:
-    """`{"environment": {...}, "rows": [...]}` in `folder`/results.json, whole or not at all."""
+    """`{"environment": {...}, "rows": [...]}` in `folder`/results.json and the rows in results.csv, each whole or not at
+    all. ValueError for a number that is none, or two rows of one key."""
+    rows = list(rows)
+    if len({row.key for row in rows}) != len(rows):
+        keys = [row.key for row in rows]
+        raise ValueError(f"two rows of one key: {next(key for key in keys if keys.count(key) > 1)}")
+    for row in rows:
+        if (row.value is None) != (row.status == "failed"):
+            raise ValueError(f"{row.key}: a row has a value unless it failed: {row.value}, {row.status}")
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / FILE
     content = {"environment": dict(facts), "rows": [asdict(row) for row in rows]}
+    file = folder / FILE
     part = file.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     part.replace(file)
+    part = folder / f"{TABLE}.part"
+    with part.open("w", newline="", encoding="utf-8") as stream:
+        table = csv.DictWriter(stream, [field.name for field in fields(Row)])
+        table.writeheader()
+        table.writerows(content["rows"])  # type: ignore[arg-type]
+    part.replace(folder / TABLE)
     return file
 
 
 def read_results(folder: Path) -> tuple[dict[str, Any], list[Row]]:
-    """The inverse of `write_results`. Raises ValueError when the file does not hold what it writes."""
+    """The inverse of `write_results`. ValueError, one line, when the file is not there or does not hold what it writes."""
     file = folder / FILE
-    content = json.loads(file.read_text())
     try:
-        return content["environment"], [Row(**row) for row in content["rows"]]
-    except (KeyError, TypeError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return dict(content["environment"]), [Row(**row) for row in content["rows"]]
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}; write it with bench/run.py --out {folder}") from error
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is no benchmark result: {error}; write it with bench/run.py --out") from error
-
-
-# ---- the table -------------------------------------------------------------------------------------------------------
-
-
-def show(suite: str, rows: Sequence[Row]) -> None:
-    """The rows as a table on the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=suite, title_justify="left")
-    for name in ("case", "variant", "metric"):
-        table.add_column(name, overflow="fold")
-    for name in ("value", "p20 .. p80", "n"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        spread = "" if row.p20 is None or row.p80 is None else f"{number(row.p20)} .. {number(row.p80)}"
-        count = str(row.n) if row.n > 1 else ""
-        table.add_row(row.case, row.variant, row.metric, f"{number(row.value)} {row.unit}".strip(), spread, count)
-    Console(width=None if os.isatty(1) else 120).print(table)
-
-
-def number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

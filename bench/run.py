@@ -1,83 +1,168 @@
-"""`python bench/run.py [SUITE ...] [--model nano|PATH] [--device auto] [--quick] [--out DIR]`: measure. `--help` lists all."""
+"""`python bench/run.py [SUITE ...] [--model NAME] [--device auto] [--quick] [--out DIR] [--profile]`: measure.
+`python bench/run.py compare A B`: two result folders of one machine. `--help` lists all."""
+
+from __future__ import annotations
 
 import argparse
 import importlib
 import os
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 sys.path.insert(0, str(HERE.parent))
 
+if TYPE_CHECKING:
+    from bench.results import Options, Row
+
 SUITES = {
     "cost": "what a full-size step launches, moves and multiplies; needs no GPU",
-    "cubins": "registers and shared memory of every kernel, compiled for GPUs that are not here",
-    "kernels": "each op against plain PyTorch",
-    "optimizer": "AdamW + EMA against torch's fused AdamW and a separate EMA",
+    "rollout": "trajectory states a second against the eager reference",
     "step": "a whole training step against the published one and its stronger variants",
+    "forward": "student and teacher velocities: packed, in two calls, diffusers",
+    "kernels": "each op against plain PyTorch, compiled PyTorch and what the machine can do",
+    "optimizer": "AdamW + EMA against torch's fused AdamW and a separate EMA",
+    "conditioning": "contexts from the cache against the encoders in every step",
+    "memory": "peak memory of a step by what is kept for the backward pass",
     "zero": "what ranks send each other in a step, and its time, by ZeRO stage and arrangement",
+    "cubins": "registers and shared memory of every kernel, compiled for GPUs that are not here",
 }
 """Suite -> what it shows. Each is `run(options) -> list[Row]` in bench/cases; zero takes the numbers of ranks, too."""
+TOUR = tuple(suite for suite in SUITES if suite != "cubins")
+COUNTED = {"cost", "cubins"}
+"""Suites that read no model."""
+WHOLE = "suite"
+"""Metric of the row of a suite that failed as a whole."""
 MODULES = {"kernels": "ops"}  # a module called kernels would hide Hugging Face's package
 
 
 def main(argv: list[str]) -> int:
-    arguments = parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-    import torch
-
-    from bench.results import Options, environment, show, write_results
     from dopsd_fast.errors import UserError
-    from dopsd_fast.settings import ModelSettings
-    from dopsd_fast.telemetry import quiet_libraries
 
-    quiet_libraries()
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = Options(
-        model=ModelSettings(path=arguments.model).folder, device=torch.device(device), quick=arguments.quick,
-        threads=arguments.threads, rounds=arguments.rounds, clock=arguments.clock,
-        peers=tuple(arguments.peers), kinds=tuple(arguments.kinds),
-    )  # fmt: skip
-    torch.set_num_threads(options.threads)
-    rows = []
     try:
-        for suite in dict.fromkeys(arguments.suites or SUITES):
-            own = {"ranks": tuple(arguments.ranks)} if suite == "zero" else {}
-            found = importlib.import_module(f"bench.cases.{MODULES.get(suite, suite)}").run(options, **own)
-            show(suite, found)
-            rows += found
-            if arguments.out:
-                write_results(arguments.out, environment(options), rows)
+        if argv[:1] == ["compare"]:
+            from bench.compare import main as compare
+
+            return compare(argv[1:])
+        return bench(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if arguments.out:
-        print(f"written: {arguments.out / 'results.json'}")
-    return 0
+    except KeyboardInterrupt:
+        print("interrupted; what is finished has been written", file=sys.stderr)
+        return 130
+
+
+def bench(argv: list[str]) -> int:
+    arguments = parser().parse_args(argv)
+
+    import torch
+
+    from bench.models import Model
+    from bench.results import Options
+    from dopsd_fast.errors import UserError
+    from dopsd_fast.telemetry import quiet_libraries
+
+    quiet_libraries()
+    name = arguments.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    threads = arguments.threads or min(2, os.cpu_count() or 1)
+    model = arguments.model or ("zimage-turbo" if device.type == "cuda" else "nano")
+    options = Options(
+        model=model, device=device, quick=arguments.quick, threads=threads, rounds=arguments.rounds, clock=arguments.clock,
+        peers=tuple(arguments.peers), kinds=tuple(arguments.kinds), tour=not arguments.suites, ranks=tuple(arguments.ranks),
+    )  # fmt: skip
+    suites = list(dict.fromkeys(arguments.suites)) or list(TOUR)
+    if set(suites) - COUNTED:
+        Model(model, device)
+    out: Path = arguments.out or Path("runs") / "bench" / time.strftime("%Y-%m-%d-%H%M%S")
+    rows = measure(suites, options, out, profile=arguments.profile)
+    return int(any(row.metric == WHOLE and row.status == "failed" for row in rows))
+
+
+def measure(
+    suites: Sequence[str], options: Options, out: Path, deadline: float | None = None, profile: bool = False
+) -> list[Row]:
+    """Runs the suites in order, shows the rows of each and writes `out` after each. What a suite cannot do is a row of status
+    "failed"; a suite that fails as a whole is one row, too. UserError, of the first suite, ends it all: bad options.
+
+    deadline: of time.monotonic(); a suite that would begin after it is left out, with a row that says so."""
+    import torch
+
+    from bench.machine import environment
+    from bench.report import write_report
+    from bench.results import Row, failed, write_results
+    from bench.show import progress, show
+    from dopsd_fast.errors import UserError
+
+    torch.set_num_threads(options.threads)
+    facts, started = environment(options), time.perf_counter()
+    rows: list[Row] = []
+    names = [*suites, *(["profile"] if profile else [])]
+    with progress(names) as bar:
+        for number, suite in enumerate(names):
+            bar.begin(suite)
+            begun = time.perf_counter()
+            try:
+                if deadline is not None and time.monotonic() > deadline:
+                    found = [failed(suite, suite, "ours", WHOLE, "", "left out: the time was up")]
+                else:
+                    found = run(suite, options, out)
+            except UserError:
+                if number == 0:
+                    raise
+                found = [failed(suite, suite, "ours", WHOLE, "", sys.exc_info()[1] or "")]
+            except Exception as error:
+                found = [failed(suite, suite, "ours", WHOLE, "", error)]
+            found.append(Row(suite, suite, "ours", "suite_seconds", time.perf_counter() - begun, "s"))
+            show(suite, found)
+            rows += found
+            bar.end(suite)
+            write_results(out, facts | {"seconds": time.perf_counter() - started}, rows)
+    print(f"written: {out / 'results.json'}, results.csv, {write_report(out).name}")
+    return rows
+
+
+def run(suite: str, options: Options, out: Path) -> list[Row]:
+    if suite == "profile":
+        from bench.breakdown import profile_step
+
+        return profile_step(options, out)
+    return importlib.import_module(f"bench.cases.{MODULES.get(suite, suite)}").run(options)
 
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
-        prog="bench/run.py", description="Measures this program against its peers.",
+        prog="bench/run.py", description="Measures this program against its peers; without a SUITE a tour of five minutes. "
+        "`bench/run.py compare A B` compares two result folders of one machine.",
         epilog="suites: " + "; ".join(f"{name}: {what}" for name, what in SUITES.items()),
     )  # fmt: skip
-    found.add_argument("suites", nargs="*", metavar="SUITE", type=suite, help=f"{', '.join(SUITES)}; all by default")
-    found.add_argument("--model", default="nano", help="pipeline folder in diffusers' layout (default: the embedded one)")
+    found.add_argument("suites", nargs="*", metavar="SUITE", type=suite, help=f"{', '.join(SUITES)}; none: a tour")
+    found.add_argument("--model", help="nano (the embedded pipeline; default on a CPU), zimage-turbo (random weights; default "
+                       "on a GPU), zimage-small, or a pipeline folder in diffusers' layout")  # fmt: skip
     found.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     found.add_argument("--quick", action="store_true", help="fewest repetitions, to see that it works: no measurement")
-    found.add_argument("--out", type=Path, help="folder for results.json")
-    found.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    found.add_argument("--out", type=Path, help="folder for results.json, results.csv, plots and report.html (default: a new "
+                       "one in runs/bench)")  # fmt: skip
+    found.add_argument("--profile", action="store_true", help="also a torch profiler trace of the step, and where its time is")
+    found.add_argument("--threads", type=int, default=0, help="CPU threads (default: 2)")
     found.add_argument("--rounds", type=int, default=0, help="measurements of each variant (default: the suite's own)")
     found.add_argument("--clock", default="wall", choices=["wall", "cpu"],
                        help="cpu: CPU time of this process, for --threads 1 on a busy machine")  # fmt: skip
     found.add_argument("--peers", nargs="*", default=["R1", "R2", "R3", "R4"], choices=["R1", "R2", "R3", "R4"],
-                       help="step: whom to compare with")  # fmt: skip
-    found.add_argument("--kinds", nargs="*", default=["lora", "full"], choices=["lora", "full"],
-                       help="cost, step, zero: what trains")  # fmt: skip
+                       help="step, rollout: whom to compare with")  # fmt: skip
+    found.add_argument("--kinds", nargs="*", default=["lora", "full"], choices=["lora", "full"], help="what trains")
     found.add_argument("--ranks", nargs="+", type=int, default=[], metavar="N",
                        help="zero: numbers of ranks (default: 2, on GPUs one each)")  # fmt: skip
     return found

@@ -1,27 +1,25 @@
 """The benchmark's clock, file, peers and runner. Nothing here asserts a speed."""
 
+import csv
 import json
 import math
+import re
 import subprocess
 import sys
-from collections import Counter
-from dataclasses import asdict
+import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
 
-from bench import results
-from bench.cases import ops, step, zero
-from bench.cases.gemm_floor import GemmFloor, Recorder
-from bench.peers import reference_eager as reference
+from bench import clock, machine, results, run
+from bench.cases import ops, zero
 from bench.results import Options, Row
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMNS = {"suite", "case", "variant", "metric", "value", "unit", "p20", "p80", "n"}
+COLUMNS = {"suite", "case", "variant", "metric", "value", "unit", "p20", "p80", "n", "status", "note"}
 NUMBERS = (int, float)
 
 
@@ -31,38 +29,73 @@ NUMBERS = (int, float)
 def test_every_call_is_timed_once_a_round_and_each_goes_first_in_turn():
     order: list[str] = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    seconds = results.interleaved(calls, rounds=3, warmup=1)
+    seconds = clock.interleaved(calls, rounds=3, warmup=1)
     assert "".join(order) == "abc" "bca" "cab" "abc"
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
     assert all(value >= 0 for values in seconds.values() for value in values)
 
 
 def test_median_and_percentiles():
-    assert results.summary([5.0, 1.0, 2.0, 3.0, 4.0, 0.0]) == {"value": 2.5, "p20": 1.0, "p80": 4.0, "n": 6}
-    assert results.summary([7.0]) == {"value": 7.0, "p20": 7.0, "p80": 7.0, "n": 1}
-    assert results.ratios([4.0, 9.0], [2.0, 3.0]) == [2.0, 3.0]
+    assert clock.summary([5.0, 1.0, 2.0, 3.0, 4.0, 0.0]) == {"value": 2.5, "p20": 1.0, "p80": 4.0, "n": 6}
+    assert clock.summary([7.0]) == {"value": 7.0, "p20": 7.0, "p80": 7.0, "n": 1}
+    assert clock.ratios([4.0, 9.0], [2.0, 3.0]) == [2.0, 3.0]
 
 
 def test_results_come_back_as_they_were_written(tmp_path):
     counted = Row("cost", "full", "ours", "launches_per_step", 4e3, "")
-    rows = [Row("step", "lora/R1", "ours", "speedup", 1.5, "x", 1.4, 1.6, 20), counted]
-    options = Options(tmp_path, torch.device("cpu"))
-    file = results.write_results(tmp_path / "out", results.environment(options), rows)
+    missing = results.failed("step", "full", "R3", "seconds_per_step", "s", RuntimeError("no\n compiler, no comma"))
+    slower = Row("kernels", "swiglu", "ours", "seconds_forward", 0.25, "s", status="fallback", note='by "PyTorch", not native')
+    rows = [Row("step", "lora/R1", "ours", "speedup", 1.5, "x", 1.4, 1.6, 20), counted, missing, slower]
+    options = Options("nano", torch.device("cpu"))
+    file = results.write_results(tmp_path / "out", machine.environment(options), rows)
     content = json.loads(file.read_text())
     assert file.name == "results.json" and set(content) == {"environment", "rows"}
     assert all(set(row) == COLUMNS for row in content["rows"])
     facts, found = results.read_results(tmp_path / "out")
-    assert found == rows
-    assert {"python", "torch", "cpu", "threads", "commit", "device"} <= set(facts)
+    assert found == rows and missing.note == "RuntimeError: no compiler, no comma" and missing.value is None
+    assert {"python", "torch", "cpu", "cores", "threads", "commit", "device", "model"} <= set(facts)
+    with (tmp_path / "out" / "results.csv").open(newline="", encoding="utf-8") as stream:
+        lines = list(csv.DictReader(stream))
+    assert [list(line) for line in lines] == [[field.name for field in fields(Row)]] * len(rows)
+    assert [line["note"] for line in lines] == [row.note for row in rows]
+    assert [float(line["value"] or "nan") for line in lines] == pytest.approx([1.5, 4e3, math.nan, 0.25], nan_ok=True)
 
 
-def test_a_result_that_is_no_number_or_no_result_is_refused(tmp_path):
+def test_every_column_is_explained():
+    for field in fields(Row):
+        assert re.search(rf"^ +(p20, )?{field.name}\b", Row.__doc__ or "", re.MULTILINE), field.name
+
+
+@pytest.mark.parametrize("rows", [
+    [Row("step", "lora", "ours", "speedup", math.nan, "x")],
+    [Row("step", "lora", "ours", "speedup", math.inf, "x")],
+    [Row("step", "lora", "ours", "speedup", None, "x")],
+    [Row("step", "lora", "ours", "speedup", 1.0, "x", status="failed")],
+    [Row("step", "lora", "ours", "speedup", 1.0, "x"), Row("step", "lora", "ours", "speedup", 2.0, "x")],
+])  # fmt: skip
+def test_what_is_no_number_is_not_written(rows, tmp_path):
     with pytest.raises(ValueError):
-        results.write_results(tmp_path, {}, [Row("step", "lora", "ours", "speedup", math.nan, "x")])
-    assert not (tmp_path / "results.json").exists()
-    (tmp_path / "results.json").write_text('{"rows": [{"suite": "step"}], "environment": {}}')
-    with pytest.raises(ValueError, match="results.json is no benchmark result"):
+        results.write_results(tmp_path, {}, rows)
+    assert not (tmp_path / "results.json").exists() and not (tmp_path / "results.csv").exists()
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    ('{"rows": [{"suite": "step"}], "environment": {}}', "is no benchmark result"),
+    ('{"rows": [', "is no benchmark result"),
+    ("[]", "is no benchmark result"),
+    (None, "cannot be read: No such file"),
+])  # fmt: skip
+def test_what_is_no_result_is_refused(content, said, tmp_path):
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ValueError, match=said):
         results.read_results(tmp_path)
+
+
+def test_how_often_a_suite_measures():
+    usual = Options("nano", torch.device("cpu"))
+    changes: list[dict] = [{}, {"tour": True}, {"quick": True}, {"rounds": 7}]
+    assert [replace(usual, **more).repeats(20, 5) for more in changes] == [20, 5, 2, 7]
 
 
 # ---- the runner ------------------------------------------------------------------------------------------------------
@@ -75,56 +108,60 @@ def bench(*arguments: str) -> subprocess.CompletedProcess:
 
 def test_the_runner_end_to_end(tmp_path):
     """From another folder, on a pipeline that is not the standard one: its cases carry a suffix."""
-    done = bench("step", "kernels", "--quick", "--threads", "1", "--peers", "R1", "R2", "--model", str(tiny.shared("zimage")),
-                 "--out", str(tmp_path))  # fmt: skip
+    done = bench("rollout", "optimizer", "--quick", "--threads", "1", "--peers", "R1", "R2", "--model",
+                 str(tiny.shared("zimage")), "--out", str(tmp_path))  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     facts, rows = results.read_results(tmp_path)
-    assert facts["quick"] is True and facts["threads"] == 1
+    assert facts["quick"] is True and facts["threads"] == 1 and facts["model"].endswith("zimage") and facts["seconds"] > 0
     for row in rows:
-        assert all(isinstance(value, NUMBERS) and math.isfinite(value) for value in (row.value, row.n))
+        assert row.status == "ok" and isinstance(row.value, NUMBERS) and math.isfinite(row.value), row
         assert (row.p20 is None) == (row.p80 is None) and (row.p20 is None or row.p20 <= row.value <= row.p80)
-    found = {(row.suite, row.case, row.variant, row.metric): row.value for row in rows}
-    assert len(found) == len(rows)
+    found = {row.key: row.value for row in rows}
     for kind in ("lora", "full"):
-        case = f"{kind}@zimage"
-        for variant in ("ours", "R1", "R2", "floor", "encoders"):
-            assert found["step", case, variant, "seconds_per_step"] > 0
         for variant in ("ours", "R1", "R2"):
-            # fp32 against float64 through some ten layers: far below 1e-4 where the step is the same, far above if not
-            assert found["step", case, variant, "gradient_relative_error"] < 1e-4
-            assert found["step", case, variant, "gradient_one_minus_cosine"] < 1e-8
+            assert found["rollout", f"{kind}@zimage", variant, "states_per_second"] > 0
         for peer in ("R1", "R2"):
-            assert found["step", f"{kind}/{peer}@zimage", "ours", "speedup"] > 0
-        assert 0 < found["step", case, "R1", "encoders_share"] < 1
-    named = {case for suite, case, _, _ in found if suite == "kernels"}
-    assert {"rmsnorm_modulate", "gated_residual_norm", "qk_norm_rope", "swiglu", "pair_linear_lora", "attention/eager"} <= named
-    for (suite, case, variant, metric), value in found.items():
-        if suite == "kernels" and metric.endswith("relative_error"):
-            assert value < 1e-5, (case, variant, metric)
-
-
-def test_the_standard_configuration_has_plain_names():
-    seconds = {"ours": [1.0, 2.0], "R1": [2.0, 3.0], "R4": [1.5, 2.0], "encoders": [0.2, 0.3], "floor": [0.5, 1.0]}
-    rows = step.tabulate("full{peer}", seconds, {name: (0.0, 1e-7) for name in ("ours", "R1", "R4")})
-    speedups = {row.case: asdict(row) for row in rows if row.metric == "speedup"}
-    assert set(speedups) == {"full/R1", "full/R4"}
-    assert speedups["full/R1"] == dict(suite="step", case="full/R1", variant="ours", metric="speedup", value=1.75, unit="x",
-                                       p20=pytest.approx(1.6), p80=pytest.approx(1.9), n=2)  # fmt: skip
-    assert {row.case for row in rows} == {"full", "full/R1", "full/R4"}
+            assert found["rollout", f"{kind}/{peer}@zimage", "ours", "speedup"] > 0
+    assert {suite for suite, _, _, metric in found if metric == "suite_seconds"} == {"rollout", "optimizer"}
+    said = " ".join(done.stdout.split())
+    assert "written:" in said and "rollout" in said and "[1/2] rollout" in done.stderr
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "rollout" in page and "optimizer" in page
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["stp"], "'stp' is none of cost, cubins, kernels, optimizer, step, zero"),
+    (["stp"], "'stp' is none of cost, "),
     (["step", "--model", "/no/such/folder"], "error: model.path=/no/such/folder: no such folder"),
+    (["step", "--model", "zimage-turbo", "--device", "cpu"], "computes for hours on a CPU"),
+    (["step", "--device", "abacus"], "error: --device abacus: "),
+    (["compare", "/no/such/folder", "."], "error: /no/such/folder"),
 ])  # fmt: skip
 def test_bad_arguments_are_one_clear_line(arguments, said):
     done = bench(*arguments)
-    assert done.returncode == 2 and said in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
-def test_step_names_the_family_that_it_cannot_measure():
+def test_the_runner_names_the_family_that_it_cannot_measure():
     done = bench("step", "--model", str(tiny.shared("flux2_klein")))
-    assert done.returncode == 2 and "flux2_klein" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "it is flux2_klein" in done.stderr.splitlines()[-1]
+
+
+def test_a_suite_that_fails_is_a_row_and_the_others_go_on(monkeypatch, tmp_path, capsys):
+    def broken(suite, options, out):
+        if suite == "cost":
+            raise RuntimeError("no such\nluck")
+        return [Row(suite, "case", "ours", "seconds", 1.0, "s")]
+
+    monkeypatch.setattr(run, "run", broken)
+    options = Options("nano", torch.device("cpu"), threads=torch.get_num_threads())
+    found = {row.key: row for row in run.measure(["cost", "step"], options, tmp_path)}
+    assert found["step", "case", "ours", "seconds"].value == 1.0
+    whole = found["cost", "cost", "ours", run.WHOLE]
+    assert whole.status == "failed" and whole.note == "RuntimeError: no such luck"
+    assert results.read_results(tmp_path)[1] == list(found.values())
+    assert "no such luck" in capsys.readouterr().out
+    late = run.measure(["step"], options, tmp_path, deadline=time.monotonic() - 1)
+    assert [row.note for row in late if row.status == "failed"] == ["left out: the time was up"]
 
 
 def test_the_rows_of_zero(monkeypatch):
@@ -155,80 +192,12 @@ def test_the_rows_of_zero(monkeypatch):
         zero.run(options)
 
 
-# ---- peers -----------------------------------------------------------------------------------------------------------
-
-
-def gradients(kind: str, **options) -> dict[str, torch.Tensor]:
-    from diffusers import ZImageTransformer2DModel
-
-    model = ZImageTransformer2DModel.from_pretrained(tiny.shared("zimage") / "transformer")
-    torch.manual_seed(0)
-    adapter = reference.Adapter(3, 6.0) if kind == "lora" else None
-    peer = reference.ReferenceStep(model, [1.0, 0.75, 0.5, 0.0], adapter=adapter, **options)
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in peer.trainable.values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
-    texts = [reference.Condition(torch.randn(n, 32, generator=draw)) for n in (5, 40, 70, 33)]
-    result = peer.backward(torch.randn(2, 8, 6, 10, generator=draw), texts[:2], texts[2:])
-    assert result.loss > 0
-    return peer.gradients()
-
-
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_stronger_peers_have_the_published_gradient(kind):
-    """The same mathematics in another order: 1e-5 is 170 units of fp32 roundoff. Compiled by dynamo alone: inductor's
-    code generation takes minutes."""
-    published = gradients(kind)
-    for name in ("R3", "R4"):
-        options = {**reference.STRONGER[name], "compile_blocks": "eager"}
-        torch._dynamo.reset()
-        for weight, gradient in gradients(kind, **options).items():
-            assert (gradient - published[weight]).norm() <= 1e-5 * published[weight].norm(), (name, weight)
-    assert reference.STRONGER["R1"] == reference.STRONGER["R2"] == {}
-
-
-def test_conditions_have_the_standard_lengths():
-    work = step.Workload(Options(tiny.shared("zimage"), torch.device("cpu"), threads=torch.get_num_threads()))
-    assert [tuple(one.text.shape) for one in work.student] == [(20, 32)] * 8
-    assert [tuple(one.text.shape) for one in work.teacher] == [(80, 32)] * 8
-    assert work.grid == pytest.approx([0, 0.1, 0.25, 0.5, 1])
-
-
-# ---- the floor -------------------------------------------------------------------------------------------------------
-
-
-def test_the_floor_counts_every_product_once():
-    torch.manual_seed(0)
-    x = torch.randn(6, 10, requires_grad=True)
-    layers = [nn.Linear(10, 4, bias=False) for _ in range(3)] + [nn.Linear(4, 7)]
-    layers[3].requires_grad_(False)
-
-    def forward():
-        q, k, v = (layer(x) for layer in layers[:3])
-        attended = F.scaled_dot_product_attention(*(y.view(1, 6, 2, 2).transpose(1, 2) for y in (q, k, v)))
-        layers[3](attended.transpose(1, 2).reshape(6, 4))
-        with torch.no_grad():
-            layers[3](torch.zeros(5, 4))
-
-    with Recorder() as recorder:
-        forward()
-    assert +recorder.products == Counter({
-        (1, 6, 10, 12): 1, (1, 6, 12, 10): 1, (1, 12, 6, 10): 1,  # q, k, v as one: forward, dx, dW
-        (2, 6, 2, 6): 3, (2, 6, 6, 2): 3,  # attention: 2 forward, 4 backward
-        (1, 6, 4, 7): 1, (1, 6, 7, 4): 1,  # frozen: no dW
-        (1, 5, 4, 7): 1,  # without gradient
-    })  # fmt: skip
-    floor = GemmFloor(forward, 3, torch.device("cpu"))
-    assert floor.flops == 3 * 2 * (3 * 720 + 6 * 144 + 2 * 168 + 140)
-    floor.run()
+# ---- what is measured ------------------------------------------------------------------------------------------------
 
 
 def test_every_op_is_measured():
     """A module of dopsd_kernels with a reference of its own has a case of its name."""
     files = (ROOT / "kernels" / "dopsd_kernels").glob("*.py")
     modules = {path.stem for path in files if f"def {path.stem}_ref(" in path.read_text(encoding="utf-8")}
-    names = [op.name for op in ops.ops(ops.TINY, torch.device("cpu"), torch.float32)]
-    cases = {name.removesuffix("_lora").removesuffix("_full") for name in names}
-    # float8 has a case on GPUs that have it; the other adds to sums in place, inside the step
-    assert modules - cases <= {"fp8_linear", "pair_linear_accumulate"} and cases <= modules
+    cases = {name.removesuffix("_lora").removesuffix("_full") for name in ops.OPS}
+    assert modules == cases

@@ -1,13 +1,25 @@
-"""Suite `kernels`: each op of `dopsd_kernels` against plain PyTorch, forward and backward, with its error beside it.
+"""Suite `kernels`: each op of `dopsd_kernels` against plain PyTorch and `torch.compile`, with the error of each beside it.
 
-On a GPU at Z-Image's widths in bf16, elsewhere at the embedded pipeline's in fp32. The peer `eager` is the op's own
-`*_ref` with autograd's backward; for the matrix products and attention it is torch's own call. Errors are relative to
-float64 in the 2-norm; the worst of all results.
+Sizes are those of the model's standard configuration (bench/models.py). Peers: `eager` is the op's own `*_ref` with
+autograd's backward, for matrix products and attention torch's own calls; `compiled` is torch.compile of `eager`, fullgraph,
+static shapes. Phases: `forward` without gradient, `backward` alone.
+
+Rows; OP is a case, PHASE a phase, variants "ours", "eager", "compiled":
+
+    OP            each    seconds_PHASE, bytes_per_second_PHASE, flops_per_second_PHASE, ceiling_share_PHASE
+    OP            ours    bytes_PHASE, flops_PHASE: the work of a call, the same for all variants (bench/cases/roofline.py)
+    OP            each    result_relative_error, gradient_relative_error: against float64 in the 2-norm, the worst of all
+    OP/eager      ours    speedup_PHASE: eager's seconds over ours; OP/compiled likewise
+    copy          copy    bytes_per_second: the ceiling of memory
+    gemm          gemm    flops_per_second: the ceiling of products
+
+A roofline has flops_PHASE / bytes_PHASE across and flops_per_second_PHASE up, under min(gemm, copy * flops / bytes).
+ceiling_share = max(bytes / copy, flops / gemm) / seconds; above 1 where tensors stay in a cache: the copy does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,20 +28,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.results import Options, Row, interleaved, ratios, summary
+from bench.cases import roofline
+from bench.machine import ceilings
+from bench.models import WIDE, Model
+from bench.results import Options, Row, failed
+from bench.show import step
+from dopsd_fast.families.zimage_pair import PAD_MULTIPLE
 from dopsd_kernels.attention import attention
 from dopsd_kernels.divergence_step import divergence_step, divergence_step_ref
+from dopsd_kernels.fp8_linear import Fp8Weight, fp8_linear
 from dopsd_kernels.gated_residual_norm import gated_residual_norm, gated_residual_norm_ref
 from dopsd_kernels.layernorm_modulate import layernorm_modulate, layernorm_modulate_ref
 from dopsd_kernels.pair_linear import pair_linear
+from dopsd_kernels.pair_linear_accumulate import pair_linear_accumulate
 from dopsd_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 from dopsd_kernels.rmsnorm_modulate import rmsnorm_modulate, rmsnorm_modulate_ref
 from dopsd_kernels.sequences import Sequences
 from dopsd_kernels.swiglu import swiglu, swiglu_ref
 
+SUITE = "kernels"
 EPS = 1e-5
-SHARES = {"gated_residual_norm", "layernorm_modulate", "rmsnorm_modulate", "qk_norm_rope", "swiglu", "divergence_step"}
-"""Ops that only move memory: on a GPU their speed is a share of a copy's."""
+FULL_STATES = 64
+"""States of a wide model in divergence_step: those of one picture are too few to fill a GPU."""
+PRODUCTS = {"attention", "pair_linear_lora", "pair_linear_full", "pair_linear_accumulate_lora",
+            "pair_linear_accumulate_full", "fp8_linear"}  # fmt: skip
+"""Ops that multiply matrices; the tour leaves their compiled peers out, which call the same products."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +72,37 @@ class Size:
     def width(self) -> int:
         return self.heads * self.head_dim
 
+    @classmethod
+    def of(cls, model: Model) -> Size:
+        """The standard configuration of `model`."""
+        transformer: Any = model.family.meta_transformer()
+        standard, config = model.standard, dict(transformer.config)
+        latent = model.family.latent_shape(standard.pixels, standard.pixels)
+        patch = config["all_patch_size"][0]
+        picture = _padded(latent[1] * latent[2] // patch**2)
+        return cls(
+            sequences=standard.batch,
+            length=picture + _padded(standard.text_tokens),
+            teacher_length=picture + _padded(standard.teacher_tokens),
+            heads=config["n_heads"],
+            head_dim=config["dim"] // config["n_heads"],
+            hidden=transformer.layers[0].feed_forward.w1.out_features,
+            rank=standard.rank,
+            latents=(FULL_STATES if config["dim"] >= WIDE else standard.batch, *latent),
+        )
 
-NANO = Size(sequences=8, length=96, teacher_length=160, heads=4, head_dim=36, hidden=384, rank=16, latents=(8, 8, 16, 16))
-ZIMAGE = Size(
-    sequences=1, length=4352, teacher_length=4864, heads=30, head_dim=128, hidden=10240, rank=64, latents=(64, 16, 128, 128)
-)  # fmt: skip
-TINY = Size(sequences=2, length=5, teacher_length=7, heads=2, head_dim=12, hidden=16, rank=3, latents=(2, 4, 6, 6))
+
+def _padded(tokens: int) -> int:
+    return -(-tokens // PAD_MULTIPLE) * PAD_MULTIPLE
+
+
+TINY = Size(sequences=2, length=5, teacher_length=7, heads=2, head_dim=16, hidden=16, rank=3, latents=(2, 4, 6, 6))
 
 
 @dataclass(frozen=True)
 class Op:
-    """`ours(*tensors)` and `eager(*tensors)` give the same tensors; gradients go to `tensors` that require them."""
+    """`ours(*tensors)` and `eager(*tensors)` give the same tensors; gradients go to `tensors` that require them. An op that
+    adds to running sums adds to some of `tensors` and gives those."""
 
     name: str
     ours: Callable[..., Any]
@@ -72,63 +115,84 @@ class Op:
 
 def run(options: Options) -> list[Row]:
     torch.set_num_threads(options.threads)
-    cuda = options.device.type == "cuda"
-    size = TINY if options.quick else ZIMAGE if cuda else NANO
-    rows = []
-    found = ops(size, options.device, torch.bfloat16 if cuda else torch.float32)
-    if cuda and torch.cuda.get_device_capability(options.device) >= (8, 9):
-        found.append(fp8(size, options.device))
-    for op in found:
-        rows += [*speed(op, options), *errors(op)]
+    model = Model(options.model, options.device)
+    size = TINY if options.quick else Size.of(model)
+    limits = ceilings(options.device, model.dtype, options.quick)
+    rows = [
+        Row(SUITE, f"copy{model.suffix}", "copy", "bytes_per_second", limits.bytes_per_second, "B/s"),
+        Row(SUITE, f"gemm{model.suffix}", "gemm", "flops_per_second", limits.flops_per_second, "FLOP/s"),
+    ]
+    for name, build in OPS.items():
+        step(f"kernels: {name}")
+        torch.manual_seed(0)
+        try:
+            op = build(Draw(size, options.device, model.dtype))
+            work = roofline.work(build(Draw(size, torch.device("meta"), model.dtype)))
+        except (RuntimeError, ValueError) as error:  # a GPU or a width that the op cannot do
+            rows.append(failed(SUITE, f"{name}{model.suffix}", "ours", "seconds_forward", "s", error))
+            continue
+        compiles = not (options.tour and name in PRODUCTS)
+        rows += roofline.measure(op, work, limits, options, model.suffix, compiles=compiles)
+        del op
     return rows
 
 
-def ops(size: Size, device: torch.device, dtype: torch.dtype) -> list[Op]:
-    """Every op at one size, on random numbers."""
-    torch.manual_seed(0)
-    sequences = Sequences([size.length] * size.sequences, device)
-    rows, teacher_rows = sequences.tokens, size.sequences * size.teacher_length
-    index = sequences.row_sequence
-
-    def draw(*shape: int, grad: bool = True, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_(grad)
-
-    d, s = size.width, size.sequences
-    weight, modulation = partial(draw, d), partial(draw, s, d)
-    angles = torch.rand(rows, size.head_dim // 2, device=device) * 6.3
-    state = partial(draw, *size.latents)
-    return [
-        Op("rmsnorm_modulate", partial(rmsnorm_modulate, sequences=sequences, eps=EPS),
-           partial(rmsnorm_modulate_ref, row_sequence=index, eps=EPS), (draw(rows, d), weight(), modulation())),
-        Op("layernorm_modulate", partial(layernorm_modulate, sequences=sequences, eps=EPS),
-           partial(layernorm_modulate_ref, row_sequence=index, eps=EPS), (draw(rows, d), modulation(), modulation())),
-        Op("gated_residual_norm", partial(gated_residual_norm, sequences=sequences, eps=EPS),
-           partial(gated_residual_norm_ref, row_sequence=index, eps=EPS),
-           (draw(rows, d), draw(rows, d), weight(), modulation(), weight(), modulation())),
-        Op("qk_norm_rope", partial(qk_norm_rope, cos=angles.cos(), sin=angles.sin(), heads=size.heads, eps=EPS),
-           partial(qk_norm_rope_ref, cos=angles.cos(), sin=angles.sin(), heads=size.heads, eps=EPS),
-           (draw(rows, 3 * d), draw(size.head_dim), draw(size.head_dim))),
-        Op("swiglu", swiglu, swiglu_ref, (draw(rows, 2 * size.hidden),)),
-        Op("divergence_step", partial(_divergence, divergence_step), partial(_divergence, divergence_step_ref),
-           (state(), state(grad=False), state(grad=False))),
-        Op("attention", partial(attention, sequences=sequences), partial(_attention, size.length),
-           tuple(draw(rows, size.heads, size.head_dim) for _ in range(3))),
-        *(
-            Op(f"pair_linear_{kind}", partial(_pair_linear, pair_linear), partial(_pair_linear, _two_branches),
-               (draw(rows, d), draw(teacher_rows, d, grad=False), *matrices))
-            for kind, matrices in (("lora", _lora(draw, size)), ("full", _full(draw, size)))
-        ),
-    ]  # fmt: skip
+# ---- the ops ---------------------------------------------------------------------------------------------------------
 
 
-def fp8(size: Size, device: torch.device) -> Op:
-    """A frozen feed-forward matrix in float8 against the same in bf16; its errors are those of the quantisation."""
-    from dopsd_kernels.fp8_linear import Fp8Weight, fp8_linear
+class Draw:
+    """Random tensors of one size, device and dtype: `draw(rows, columns)`."""
 
-    x = torch.randn(size.sequences * size.length, size.width, device=device, dtype=torch.bfloat16).requires_grad_()
-    weight = (torch.randn(size.hidden, size.width, device=device) * size.width**-0.5).bfloat16()
-    quantised = Fp8Weight(weight)
-    return Op("fp8_linear", lambda x: fp8_linear(x, quantised), lambda x: F.linear(x, weight.to(x)), (x,))
+    def __init__(self, size: Size, device: torch.device, dtype: torch.dtype) -> None:
+        self.size, self.device, self.dtype = size, device, dtype
+        self.sequences = Sequences([size.length] * size.sequences, device)
+        self.rows = self.sequences.tokens
+
+    def __call__(self, *shape: int, grad: bool = True, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, device=self.device) * scale).to(self.dtype).requires_grad_(grad)
+
+    def weight(self) -> Tensor:
+        return self(self.size.width)
+
+    def modulation(self) -> Tensor:
+        return self(self.size.sequences, self.size.width)
+
+
+def _rmsnorm_modulate(draw: Draw) -> Op:
+    ours = partial(rmsnorm_modulate, sequences=draw.sequences, eps=EPS)
+    eager = partial(rmsnorm_modulate_ref, row_sequence=draw.sequences.row_sequence, eps=EPS)
+    return Op("rmsnorm_modulate", ours, eager, (draw(draw.rows, draw.size.width), draw.weight(), draw.modulation()))
+
+
+def _layernorm_modulate(draw: Draw) -> Op:
+    ours = partial(layernorm_modulate, sequences=draw.sequences, eps=EPS)
+    eager = partial(layernorm_modulate_ref, row_sequence=draw.sequences.row_sequence, eps=EPS)
+    return Op("layernorm_modulate", ours, eager, (draw(draw.rows, draw.size.width), draw.modulation(), draw.modulation()))
+
+
+def _gated_residual_norm(draw: Draw) -> Op:
+    ours = partial(gated_residual_norm, sequences=draw.sequences, eps=EPS)
+    eager = partial(gated_residual_norm_ref, row_sequence=draw.sequences.row_sequence, eps=EPS)
+    rows = draw(draw.rows, draw.size.width), draw(draw.rows, draw.size.width)
+    return Op("gated_residual_norm", ours, eager,
+              (*rows, draw.weight(), draw.modulation(), draw.weight(), draw.modulation()))  # fmt: skip
+
+
+def _qk_norm_rope(draw: Draw) -> Op:
+    size = draw.size
+    angles = torch.rand(draw.rows, size.head_dim // 2, device=draw.device) * 6.3
+    given: dict[str, Any] = dict(cos=angles.cos(), sin=angles.sin(), heads=size.heads, eps=EPS)
+    tensors = draw(draw.rows, 3 * size.width), draw(size.head_dim), draw(size.head_dim)
+    return Op("qk_norm_rope", partial(qk_norm_rope, **given), partial(qk_norm_rope_ref, **given), tensors)
+
+
+def _swiglu(draw: Draw) -> Op:
+    return Op("swiglu", swiglu, swiglu_ref, (draw(draw.rows, 2 * draw.size.hidden),))
+
+
+def _divergence_step(draw: Draw) -> Op:
+    states = draw(*draw.size.latents), *(draw(*draw.size.latents, grad=False) for _ in range(2))
+    return Op("divergence_step", partial(_divergence, divergence_step), partial(_divergence, divergence_step_ref), states)
 
 
 def _divergence(step: Callable[..., Any], v_s: Tensor, v_t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,18 +200,34 @@ def _divergence(step: Callable[..., Any], v_s: Tensor, v_t: Tensor, x: Tensor) -
     return result.loss, result.x_next
 
 
-def _lora(draw: Callable[..., Tensor], size: Size) -> tuple[Tensor, ...]:
+def _attention(draw: Draw) -> Op:
+    tensors = tuple(draw(draw.rows, draw.size.heads, draw.size.head_dim) for _ in range(3))
+    return Op("attention", partial(attention, sequences=draw.sequences), partial(_dense_attention, draw.size.length), tensors)
+
+
+def _dense_attention(length: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+
+
+def _pair_linear_lora(draw: Draw) -> Op:
     """Three frozen matrices (q, k, v) and, for student and teacher, A and B of each."""
-    d, r = size.width, size.rank
+    d, r = draw.size.width, draw.size.rank
     frozen = [draw(d, d, grad=False, scale=d**-0.5) for _ in range(3)]
     student = [draw(*shape, scale=0.1) for shape in [(r, d)] * 3 + [(d, r)] * 3]
-    return *frozen, *student, *(one.detach() + 0.1 * one.detach() for one in student)
+    return _pair_op("pair_linear_lora", draw, [*frozen, *student, *(1.1 * one.detach() for one in student)])
 
 
-def _full(draw: Callable[..., Tensor], size: Size) -> tuple[Tensor, ...]:
-    d = size.width
+def _pair_linear_full(draw: Draw) -> Op:
+    d = draw.size.width
     student = [draw(d, d, scale=d**-0.5) for _ in range(3)]
-    return *student, *(1.1 * one.detach() for one in student)
+    return _pair_op("pair_linear_full", draw, [*student, *(1.1 * one.detach() for one in student)])
+
+
+def _pair_op(name: str, draw: Draw, matrices: Sequence[Tensor]) -> Op:
+    teacher_rows = draw.size.sequences * draw.size.teacher_length
+    tensors = draw(draw.rows, draw.size.width), draw(teacher_rows, draw.size.width, grad=False), *matrices
+    return Op(name, partial(_pair_linear, pair_linear), partial(_pair_linear, _two_branches), tensors)
 
 
 def _pair_linear(linear: Callable[..., Any], x_s: Tensor, x_t: Tensor, *matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,85 +249,75 @@ def _two_branches(x_s: Tensor, x_t: Tensor, w_s: list[Tensor], w_t: list[Tensor]
     return branches[0], branches[1]
 
 
-def _attention(length: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+def _accumulate_lora(draw: Draw) -> Op:
+    """The gradients of q's, k's and v's A and B, added to fp32 sums."""
+    d, r, wide = draw.size.width, draw.size.rank, torch.promote_types(draw.dtype, torch.float32)
+    sums = [draw(*shape, grad=False).to(wide) for shape in [(r, d)] * 3 + [(d, r)] * 3]
+    through = [draw(draw.rows, 3 * r, grad=False) for _ in range(2)]
+    return _accumulate_op("pair_linear_accumulate_lora", draw, sums, through)
 
 
-# ---- the measurement -------------------------------------------------------------------------------------------------
+def _accumulate_full(draw: Draw) -> Op:
+    d, wide = draw.size.width, torch.promote_types(draw.dtype, torch.float32)
+    sums = [draw(d, d, grad=False).to(wide) for _ in range(3)]
+    return _accumulate_op("pair_linear_accumulate_full", draw, sums, [])
 
 
-def differentiable(results: Any) -> list[Tensor]:
-    return [r for r in (results if isinstance(results, tuple) else (results,)) if isinstance(r, Tensor) and r.requires_grad]
+def _accumulate_op(name: str, draw: Draw, sums: list[Tensor], through: list[Tensor]) -> Op:
+    """`through`: x A^T and dy B of all members, side by side; [] without adapters."""
+    dy, x = [draw(draw.rows, draw.size.width, grad=False) for _ in range(3)], draw(draw.rows, draw.size.width, grad=False)
+    ours, eager = (partial(_accumulate, add) for add in (pair_linear_accumulate, _add_gradients))
+    return Op(name, ours, eager, (x, *dy, *sums, *through))
 
 
-def speed(op: Op, options: Options) -> list[Row]:
-    """Seconds of a call, forward without gradient and backward alone; a measurement is as many calls as take 5 ms."""
-    leaves = [t for t in op.tensors if t.requires_grad]
-    phases: dict[str, dict[str, Callable[[], Any]]] = {"forward": {}, "backward": {}}
-    for name, function in (("ours", op.ours), ("eager", op.eager)):
-        outputs = differentiable(function(*op.tensors))
-        seeds = [torch.randn_like(out) for out in outputs]
-        phases["forward"][name] = torch.no_grad()(partial(function, *op.tensors))
-        phases["backward"][name] = partial(torch.autograd.grad, outputs, leaves, seeds, retain_graph=True)
-    rounds, rows = (2 if options.quick else options.rounds or 30), []
-    for phase, calls in phases.items():
-        once = max(values[-1] for values in interleaved(calls, 1, 2, options.device).values())
-        repeats = 1 if options.quick else max(1, round(5e-3 / once))
-        many = {name: partial(_repeat, call, repeats) for name, call in calls.items()}
-        taken = interleaved(many, rounds, 2, options.device, options.clock)
-        taken = {name: [value / repeats for value in values] for name, values in taken.items()}
-        for name, values in taken.items():
-            rows.append(Row("kernels", op.name, name, f"seconds_{phase}", unit="s", **summary(values)))
-        faster = ratios(taken["eager"], taken["ours"])
-        rows.append(Row("kernels", f"{op.name}/eager", "ours", f"speedup_{phase}", unit="x", **summary(faster)))
-        if options.device.type == "cuda" and op.name in SHARES:
-            rows.append(bandwidth(op, phase, taken["ours"], options))
-    return rows
+def _accumulate(add: Callable[..., Any], x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    dy, rest = list(tensors[:3]), list(tensors[3:])
+    if len(rest) == 3:
+        add(rest, [], [], dy, x, [2.0] * 3, x.new_empty(0), x.new_empty(0))
+        return tuple(rest)
+    add([], rest[:3], rest[3:6], dy, x, [2.0] * 3, *rest[6:])
+    return tuple(rest[:6])
 
 
-def _repeat(call: Callable[[], Any], count: int) -> None:
-    for _ in range(count):
-        call()
+def _add_gradients(
+    sums_w: list[Tensor], sums_a: list[Tensor], sums_b: list[Tensor], dy: list[Tensor], x: Tensor, scales: list[float],
+    xa: Tensor, q: Tensor,
+) -> None:  # fmt: skip
+    """As autograd does it: each gradient in the tensors' dtype, then added."""
+    for total, gradient in zip(sums_w, dy):
+        total += gradient.t() @ x
+    parts = [t.chunk(3, 1) for t in (xa, q)] if sums_a else [(), ()]
+    for a, b, product, through, gradient, scale in zip(sums_a, sums_b, *parts, dy, scales):
+        a += through.t() @ x
+        b += scale * (gradient.t() @ product)
 
 
-def bandwidth(op: Op, phase: str, seconds: list[float], options: Options) -> Row:
-    """The declared bytes over the time, as a share of what a copy of 1 GiB moves in the same run."""
-    from bench.cases.meta_trace import Trace
-
-    trace = Trace()
-    with trace:
-        outputs = differentiable(op.ours(*op.tensors))
-        if phase == "backward":
-            forward = trace.cost(op="dopsd::").elementwise_bytes
-            torch.autograd.grad(outputs, [t for t in op.tensors if t.requires_grad], [torch.randn_like(o) for o in outputs])
-    moved = trace.cost(op="dopsd::").elementwise_bytes - (forward if phase == "backward" else 0)
-    source = torch.zeros(1 << 30, dtype=torch.uint8, device=options.device)
-    copies = interleaved({"copy": partial(torch.empty_like(source).copy_, source)}, 10, 3, options.device)["copy"]
-    rate = 2 * source.numel() / summary(copies)["value"]
-    return Row("kernels", op.name, "ours", f"copy_bandwidth_share_{phase}", unit="",
-               **summary([moved / second / rate for second in seconds]))  # fmt: skip
+def _fp8_linear(draw: Draw) -> Op:
+    """A frozen feed-forward matrix in float8 against the same in the model's dtype; its errors are the quantisation's."""
+    size = draw.size
+    weight = draw(size.hidden, size.width, grad=False, scale=size.width**-0.5)
+    quantised = Fp8Weight(weight)
+    return Op("fp8_linear", lambda x: fp8_linear(x, quantised), lambda x: F.linear(x, weight.to(x.dtype)),
+              (draw(draw.rows, size.width),))  # fmt: skip
 
 
-def errors(op: Op) -> list[Row]:
-    """Relative errors of results and gradients against the reference in float64, for ours and for eager."""
-    wide = op.to(torch.float64)
-    exact_outputs, exact_gradients = outcome(op.eager, wide.tensors)
-    rows = []
-    for name, function in (("ours", op.ours), ("eager", op.eager)):
-        outputs, gradients = outcome(function, op.tensors)
-        for what, values, exact in (("result", outputs, exact_outputs), ("gradient", gradients, exact_gradients)):
-            worst = max(float((v.double() - e).norm() / e.norm()) for v, e in zip(values, exact, strict=True))
-            rows.append(Row("kernels", op.name, name, f"{what}_relative_error", worst, ""))
-    return rows
+OPS: dict[str, Callable[[Draw], Op]] = {
+    "rmsnorm_modulate": _rmsnorm_modulate,
+    "layernorm_modulate": _layernorm_modulate,
+    "gated_residual_norm": _gated_residual_norm,
+    "qk_norm_rope": _qk_norm_rope,
+    "swiglu": _swiglu,
+    "divergence_step": _divergence_step,
+    "attention": _attention,
+    "pair_linear_lora": _pair_linear_lora,
+    "pair_linear_full": _pair_linear_full,
+    "pair_linear_accumulate_lora": _accumulate_lora,
+    "pair_linear_accumulate_full": _accumulate_full,
+    "fp8_linear": _fp8_linear,
+}
 
 
-def outcome(function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """All results, and the gradients for upstream gradients that depend on the results' shapes alone."""
-    results = function(*tensors)
-    outputs = [r for r in (results if isinstance(results, tuple) else (results,)) if isinstance(r, Tensor)]
-    flowing = differentiable(tuple(outputs))
-    generator = torch.Generator().manual_seed(1)
-    seeds = [torch.randn(out.shape, generator=generator).to(out) for out in flowing]
-    gradients = torch.autograd.grad(flowing, [t for t in tensors if t.requires_grad], seeds)
-    return [out.detach() for out in outputs], list(gradients)
+def ops(size: Size, device: torch.device, dtype: torch.dtype) -> list[Op]:
+    """Every op at one size, on random numbers."""
+    torch.manual_seed(0)
+    return [build(Draw(size, device, dtype)) for build in OPS.values()]

@@ -4,21 +4,36 @@ by a foreach EMA and two foreach casts, on the same numbers at a size that no ca
 Cases: the gradients' dtype, and how ours stores the masters and the average. torch's fused AdamW wants gradients of the
 parameters' dtype, so bf16 ones are cast first. Peers: `torch` averages by `_foreach_lerp_`, `torch_mul_add` as published
 implementations do, by `_foreach_mul_` and `_foreach_add_`.
+
+Rows of a case: seconds_per_step, bytes_per_second and ceiling_share of each variant, for the bytes that ours declares
+(bytes_per_step); copy's bytes_per_second, of a copy that no cache holds, timed in the same rounds: ceiling_share = the bytes
+at that rate over the seconds. CASE/PEER: speedup. After ten steps, relative to float64 in the 2-norm: master_relative_error,
+ema_relative_error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.results import Options, Row, interleaved, ratios, summary
+from bench.cases.roofline import Counted
+from bench.clock import interleaved, ratios, summary
+from bench.results import Options, Row, Status, failed
+from bench.show import step
 from dopsd_kernels.adamw_ema import AdamWEMA
 
-TENSORS, ELEMENTS = 8, 1 << 23
+SUITE = "optimizer"
+TENSORS = 8
+ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 23}
+"""Of each tensor: 1.3 and 2.5 GB a step, a multiple of any cache."""
+COPY = {"cpu": 1 << 28, "cuda": 1 << 30}
+"""Bytes that the ceiling's copy reads."""
+ABOVE = "above 1: it writes what it has just read, a copy on a CPU also fetches the lines that it overwrites"
 HYPER: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 DECAY = 0.9999
 CASES = [(torch.bfloat16, "fp32"), (torch.float32, "fp32"), (torch.bfloat16, "low_bits")]
@@ -27,9 +42,13 @@ CASES = [(torch.bfloat16, "fp32"), (torch.float32, "fp32"), (torch.bfloat16, "lo
 def run(options: Options) -> list[Row]:
     torch.set_num_threads(options.threads)
     rows = []
-    for dtype, masters in CASES:
+    for dtype, masters in CASES[:1] if options.tour else CASES:
         case = f"{str(dtype).removeprefix('torch.')}_gradients" + ("" if masters == "fp32" else f"@{masters}")
+        step(f"optimizer: {case}")
         rows += [*speed(case, dtype, masters, options), *errors(case, dtype, masters, options)]
+        gc.collect()
+        if options.device.type == "cuda":
+            torch.cuda.empty_cache()
     return rows
 
 
@@ -82,51 +101,92 @@ class Torch:
         return torch.cat([master.detach() for master in self.masters]), torch.cat(self.ema)
 
 
-def draw(elements: int, dtype: torch.dtype, options: Options) -> tuple[list[Tensor], list[Tensor]]:
+VARIANTS: dict[str, Callable[[list[Tensor], list[Tensor], str], Ours | Torch]] = {
+    "ours": Ours,
+    "torch": lambda weights, grads, masters: Torch(weights, grads, lerp=True),
+    "torch_mul_add": lambda weights, grads, masters: Torch(weights, grads, lerp=False),
+}
+
+
+def draw(elements: int, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
     torch.manual_seed(0)
-    weights, grads = ([torch.randn(elements, device=options.device) for _ in range(TENSORS)] for _ in range(2))
+    weights, grads = ([torch.randn(elements, device=device) for _ in range(TENSORS)] for _ in range(2))
     return weights, [grad.mul_(1e-3).to(dtype) for grad in grads]
 
 
 def speed(case: str, dtype: torch.dtype, masters: str, options: Options) -> list[Row]:
-    elements = 1 << 16 if options.quick else ELEMENTS
-    weights, grads = draw(elements, dtype, options)
-    ours = Ours(weights, grads, masters)
-    peers = {"torch": Torch(weights, grads, lerp=True), "torch_mul_add": Torch(weights, grads, lerp=False)}
+    elements = 1 << 16 if options.quick else ELEMENTS[options.device.type]
+    weights, grads = draw(elements, dtype, options.device)
+    calls: dict[str, Callable[[], Any]] = {}
+    status: dict[str, tuple[Status, str]] = {"copy": ("ok", "")}
+    rows = []
+    for name, make in VARIANTS.items():
+        try:
+            side = make(weights, grads, masters)
+            side.step()
+        except Exception as error:  # whatever a kernel, a compiler or a GPU without memory raises
+            rows.append(failed(SUITE, case, name, "seconds_per_step", "s", error))
+            continue
+        calls[name], status[name] = side.step, ran(side)
     del weights
-    calls: dict[str, Callable[[], Any]] = {"ours": ours.step, **{name: peer.step for name, peer in peers.items()}}
-    source = torch.zeros(2 * elements, device=options.device)
+    source = torch.zeros(1 << 20 if options.quick else COPY[options.device.type], dtype=torch.uint8, device=options.device)
     calls["copy"] = partial(torch.empty_like(source).copy_, source)
-    rounds = options.rounds or (2 if options.quick else 15)
-    seconds = interleaved(calls, rounds, warmup=2, device=options.device)
+    seconds = interleaved(calls, options.repeats(15, tour=7), 1, options.device, options.clock)
 
-    total = TENSORS * elements
-    moved = total * ((32 if masters == "low_bits" else 36) + grads[0].element_size())
     copied = seconds.pop("copy")
-    rows = [row(case, name, "seconds_per_step", "s", taken) for name, taken in seconds.items()]
-    rows += [row(f"{case}/{name}", "ours", "speedup", "x", ratios(seconds[name], seconds["ours"])) for name in peers]
-    rows.append(row(case, "ours", "gigabytes_per_second", "GB/s", [moved / s / 1e9 for s in seconds["ours"]]))
-    rows.append(row(case, "copy", "gigabytes_per_second", "GB/s", [2 * source.nbytes / s / 1e9 for s in copied]))
+    needed = declared_bytes(elements, dtype, masters)
+    rate = partial(row, status, case, metric="bytes_per_second", unit="B/s")
+    rows.append(rate("copy", values=[2 * source.nbytes / s for s in copied]))
+    rows.append(Row(SUITE, case, "ours", "bytes_per_step", needed, "B"))
+    for name, taken in seconds.items():
+        shares = [needed / s / (2 * source.nbytes / c) for s, c in zip(taken, copied, strict=True)]
+        rows.append(row(status, case, name, "seconds_per_step", "s", taken))
+        rows.append(rate(name, values=[needed / s for s in taken]))
+        rows.append(row(status, case, name, "ceiling_share", "", shares))
+        if name != "ours" and "ours" in seconds:
+            rows.append(row(status, f"{case}/{name}", "ours", "speedup", "x", ratios(taken, seconds["ours"])))
     return rows
 
 
-def row(case: str, variant: str, metric: str, unit: str, values: list[float]) -> Row:
-    statistics: Any = summary(values)
-    return Row("optimizer", case, variant, metric, unit=unit, **statistics)
+def row(status: Mapping[str, tuple[Status, str]], case: str, variant: str, metric: str, unit: str, values: list[float]) -> Row:
+    kind, note = status[variant]
+    if metric == "ceiling_share" and summary(values)["value"] > 1:
+        note = "; ".join(filter(None, (note, ABOVE)))
+    return Row(SUITE, case, variant, metric, unit=unit, status=kind, note=note, **summary(values))
+
+
+def ran(side: Ours | Torch) -> tuple[Status, str]:
+    """Which path the last step took: "fallback" where ours ran plain PyTorch."""
+    if isinstance(side, Ours) and side.optimizer.ema_backend == "torch":
+        return "fallback", "neither Triton nor dopsd_kernels._native: plain PyTorch"
+    return "ok", ""
+
+
+def declared_bytes(elements: int, dtype: torch.dtype, masters: str) -> int:
+    """That one step of ours reads and writes."""
+    ours = Ours(*draw(elements, dtype, torch.device("meta")), masters)
+    with Counted() as counted:
+        ours.step()
+    return counted.bytes
 
 
 def errors(case: str, dtype: torch.dtype, masters: str, options: Options) -> list[Row]:
     """Of the masters and the average after ten steps, relative to float64's, in the 2-norm."""
-    weights, grads = draw(1 << 12, dtype, options)
+    weights, grads = draw(1 << 12, dtype, options.device)
     exact = Torch(weights, [grad.double() for grad in grads], lerp=True, dtype=torch.float64)
-    runs: dict[str, Ours | Torch] = {"ours": Ours(weights, grads, masters), "torch": Torch(weights, grads, lerp=True)}
     for _ in range(10):
         exact.step()
-        for side in runs.values():
-            side.step()
     rows = []
-    for name, side in runs.items():
+    for name, make in VARIANTS.items():
+        try:
+            side = make(weights, grads, masters)
+            for _ in range(10):
+                side.step()
+        except Exception as error:  # as in `speed`
+            rows.append(failed(SUITE, case, name, "master_relative_error", "", error))
+            continue
+        kind, note = ran(side)
         for metric, value, true in zip(("master", "ema"), side.results(), exact.results()):
-            error = float((value.double() - true).norm() / true.norm())
-            rows.append(Row("optimizer", case, name, f"{metric}_relative_error", error, ""))
+            wrong = float((value.double() - true).norm() / true.norm())
+            rows.append(Row(SUITE, case, name, f"{metric}_relative_error", wrong, "", status=kind, note=note))
     return rows

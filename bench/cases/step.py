@@ -1,258 +1,407 @@
 """Suite `step`: a whole training step, ours against the published one and its stronger variants, in one process.
 
 Same weights, noise, prompts and pictures for all; every step holds the K states, clipping, AdamW, the EMA and the
-teacher's refresh. R1 runs its encoders in every step, the others have the conditions computed once. `floor` is the
-step's matrix products alone, `encoders` the share of R1 that conditioning takes.
+teacher's refresh. R1 runs its encoders in every step, the others have the conditions computed once. Rows of a case, "lora"
+or "full" with "@" and what differs from the standard configuration (`MATRIX`, and bench/cases/workload.py):
+
+    each       seconds_per_step, states_per_second (K * batch / seconds), samples_per_second, flops_per_second, mfu, on an H100
+               or H200 mfu_nominal, on a GPU peak_bytes: all that it holds and allocates, R1 with its encoders
+    each       gradient_relative_error, gradient_one_minus_cosine: of the whole gradient against the exact one
+    floor      seconds_per_step, gemm_gflop_per_step: the step's matrix products alone (bench/cases/gemm_floor.py)
+    ours, R1   floor_share, encoders_share: of their seconds
+    CASE/PEER  ours: speedup, the peer's seconds over ours, round by round where both fit the device
+
+flops are the floor's, which recomputation does not add to, and mfu is their share of a large product's speed in this run. The
+exact gradient is float64's for fp32 models, fp32's (no TF32) for bf16 ones. On a GPU `room` says what is measured together and
+how deep a model is trained in full; of what does not fit, a row says so.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.cases import room
 from bench.cases.gemm_floor import GemmFloor
+from bench.cases.workload import Cell, OurStep, PeerStep, Workload, peer, runner, stock_name
+from bench.clock import interleaved, ratios, summary
+from bench.machine import ceilings
+from bench.models import WIDE, Model
 from bench.peers.float64 import wide
-from bench.peers.reference_eager import (
-    STRONGER,
-    Adapter,
-    Condition,
-    ReferenceEncoders,
-    ReferenceStep,
-    predict_noise_direction,
-)
-from bench.results import Options, Row, interleaved, ratios, summary
+from bench.peers.reference_eager import STRONGER
+from bench.results import Options, Row, Status, failed
+from bench.show import step as say
 from dopsd_fast.errors import UserError
-from dopsd_fast.families import Context, Family, open_family
-from dopsd_fast.images import load_image
-from dopsd_fast.objective import StepInputs, make_objective
-from dopsd_fast.records import read_records
-from dopsd_fast.settings import DataSettings, Settings
 
-STATES, BATCH, PIXELS = 4, 8, 32
-TEXT_TOKENS, TEACHER_TOKENS = 20, 80
-NANO_LORA = {"rank": 16, "alpha": 32.0}  # as in recipes/nano_lora.toml
-LORA = {"rank": 64, "alpha": 128.0}  # as published
-LEARNING_RATE, GRAD_CLIP, EMA_DECAY = 1e-5, 1.0, 0.9999
+__all__ = ["MATRIX", "Cell", "Measurement", "OurStep", "PeerStep", "Workload", "cells", "measure", "peer", "run", "runner"]
+
+SUITE = "step"
+POLICIES = [Cell(activations="selective"), Cell(activations="recompute"), Cell(states=8)]
+MATRIX = {
+    "wide": [*POLICIES, Cell(batch=4), Cell(pixels=512), Cell(pixels=512, batch=4)],
+    "small": [*POLICIES, Cell(batch=1), Cell(batch=4), Cell(pixels=-2)],
+}
+"""Beside the standard case, by whether the model is as wide as the published ones. pixels=-2: half the standard side."""
+MATRIX_PEERS = ("R1", "R4")
+NOMINAL = {torch.bfloat16: 989e12}
+"""FLOP/s that NVIDIA states for an H100 or H200, dense."""
+LEFT_TO_SUITE = "R3 is measured by `bench/run.py step`"
 
 
 def run(options: Options) -> list[Row]:
-    work = Workload(options)
-    rows = []
-    for kind in options.kinds:
-        rows += measure(kind, work, options)
-    return rows
+    return list(measure(options, cells(options)))
 
 
-class Workload:
-    """The batch that every variant steps on, and what it is made of."""
-
-    def __init__(self, options: Options) -> None:
-        torch.set_num_threads(options.threads)
-        self.options = options
-        standard = options.model == Settings().model.folder
-        self.suffix = "" if standard else f"@{options.model.name}"
-        self.lora = NANO_LORA if standard else LORA
-        self.family: Family = open_family(options.model, Settings().conditioning)
-        if self.family.name != "zimage":
-            raise UserError(f"step: {options.model} is {self.family.name}, the published step is written for zimage pipelines")
-        self.shape = self.family.latent_shape(PIXELS, PIXELS)
-        self.grid = self.family.train_grid(STATES, 0.0, self.shape)
-        data = read_records(DataSettings(resolution=PIXELS), self.family.pixel_multiple)
-        records = data.records[:BATCH]
-        self.prompts = [next(iter(record.prompts.values())) for record in records]
-        self.images = [load_image(record.images[0], PIXELS, PIXELS) for record in records]
-        noise = torch.randn((BATCH, *self.shape), generator=torch.Generator().manual_seed(0))
-        self.noise = noise.to(options.device)
-        self.encoders = FixedLength(options)
-        self.student = self.encoders.student(self.prompts)
-        self.teacher = self.encoders.teacher(self.prompts, self.images)
-
-    def contexts(self, conditions: list[Condition]) -> list[Context]:
-        return [{"text": condition.text} for condition in conditions]
+def cells(options: Options) -> list[Cell]:
+    """The standard case, and in the default mode the matrix."""
+    if options.tour or options.quick:
+        return [Cell()]
+    model = Model(options.model, options.device)
+    pixels, multiple = model.standard.pixels, model.family.pixel_multiple
+    half = replace(Cell(), pixels=max(multiple, pixels // 2 // multiple * multiple))
+    found = MATRIX["wide" if model.config["dim"] >= WIDE else "small"]
+    return [Cell(), *(half if cell.pixels == -2 else cell for cell in found)]
 
 
-class FixedLength(ReferenceEncoders):
-    """The real encoders on the real prompts and pictures, their features cut or repeated to TEXT_TOKENS and
-    TEACHER_TOKENS: the transformer's work is the standard configuration's whatever the prompts' lengths are."""
-
-    def __init__(self, options: Options) -> None:
-        super().__init__(options.model, device=options.device)
-
-    def student(self, *args: Any, **kwargs: Any) -> list[Condition]:
-        return [Condition(to_length(c.text, TEXT_TOKENS)) for c in super().student(*args, **kwargs)]
-
-    def teacher(self, *args: Any, **kwargs: Any) -> list[Condition]:
-        return [Condition(to_length(c.text, TEACHER_TOKENS)) for c in super().teacher(*args, **kwargs)]
-
-
-def to_length(text: Tensor, length: int) -> Tensor:
-    return text.repeat(-(-length // len(text)), 1)[:length].contiguous()
-
-
-# ---- the steps -------------------------------------------------------------------------------------------------------
+def measure(options: Options, which: Sequence[Cell], peers: Sequence[str] = (), deadline: float | None = None) -> Iterator[Row]:
+    """Rows as they are found. peers: empty for options.peers, of which the cells beside the standard one have MATRIX_PEERS.
+    deadline: of time.monotonic(); what would begin after it is left out, with a row that says so."""
+    torch.set_num_threads(options.threads)
+    for cell in which:
+        for kind in options.kinds:
+            ours = [name for name in peers or options.peers if peers or cell == Cell() or name in MATRIX_PEERS]
+            note = ""
+            if options.tour and not peers and "R3" in ours:
+                ours.remove("R3")
+                note = LEFT_TO_SUITE
+            try:
+                yield from Measurement(kind, cell, options, ours, deadline, note).rows()
+            except UserError as error:  # a size that this model cannot have
+                if cell == Cell():
+                    raise
+                yield failed(SUITE, f"{kind}{cell.name}", "ours", "seconds_per_step", "s", error)
 
 
-class OurStep:
-    """Pair, objective and engine as the trainer runs them (ZeRO 0, one process)."""
+class Measurement:
+    """One case: `kind` is "lora" or "full". note: said of ours' time."""
 
-    def __init__(self, kind: str, work: Workload) -> None:
-        from dopsd_fast.sharding import Engine
-        from dopsd_fast.teacher import build_pair
+    def __init__(self, kind: str, cell: Cell, options: Options, peers: Sequence[str], deadline: float | None = None,
+                 note: str = "") -> None:  # fmt: skip
+        self.kind, self.cell, self.options, self.peers, self.deadline = kind, cell, options, list(peers), deadline
+        self.standard = cell == Cell()
+        self.remark = note
+        self.room: room.Room
+        self.errors: dict[str, tuple[float, float]] = {}
+        self.exact: dict[str, Tensor] = {}
+        self.exact_note = ""
+        self.notes: dict[str, str] = {}
+        self.peaks: dict[str, int] = {}
+        self.seconds: dict[str, list[float]] = {}
+        self.floor: GemmFloor | None = None
 
-        settings = Settings.model_validate({
-            "model": {"path": str(work.options.model)},
-            "train": {"batch_size": BATCH, "learning_rate": LEARNING_RATE, "grad_clip": GRAD_CLIP},
-            "method": {"num_states": STATES},
-            "teacher": {"ema_decay": EMA_DECAY},
-            "adapter": {"kind": kind, **work.lora},
-            "deepspeed": {"stage": 0},
-        })  # fmt: skip
-        self.pair = build_pair(work.family, settings, torch.float32).to(work.options.device)
-        self.objective = make_objective(settings)
-        self.engine = Engine(self.pair, settings)
-        self.work = work
+    @property
+    def cuda(self) -> bool:
+        return self.options.device.type == "cuda"
 
-    def backward(self) -> None:
-        work = self.work
-        with self.engine.accumulating():
-            student, teacher = work.contexts(work.student), work.contexts(work.teacher)
-            forward = self.pair.open(work.family, student, teacher, work.noise.shape)
-            inputs = StepInputs(noise=work.noise, grid=work.grid, forward=forward)
-            self.report = self.objective.accumulate(inputs, self.engine.backward)
+    def case(self, name: str = "") -> str:
+        return f"{self.kind}{name and '/' + name}{self.work.suffix}"
 
-    def step(self) -> None:
-        self.backward()
-        self.engine.any(False)
-        self.engine.step(LEARNING_RATE)
-        self.engine.mean([self.report.loss, self.report.gap, *self.report.state_losses])
+    def rows(self) -> Iterator[Row]:
+        """All rows of the case. UserError: the model is none that can be measured."""
+        torch._dynamo.reset()
+        torch._dynamo.config.recompile_limit = 64  # one graph per length, branch and mode; all blocks share the code
+        self.work = Workload(self.options, self.cell)
+        self.work.forget_encoders()
+        self.room = room.Room(self.kind, self.work, self.peers)
+        if self.room.layers != self.cell.layers:
+            self.cell = replace(self.cell, layers=self.room.layers)
+            self.work = Workload(self.options, self.cell)
+            self.room = room.Room(self.kind, self.work, self.peers)
+        yield from self.prepare()
+        alone = [name for name in self.peers if not self.room.beside_ours(name)]
+        together = [name for name in self.peers if name not in alone]
+        groups = [together] if self.room.all_together else [[name] for name in together]
+        yield from self.measure_with_ours(groups or [[]], alone)
+        for name in alone:
+            yield from self.group([name])
+        self.exact.clear()
+        self.free()
 
-    def parameters(self) -> dict[str, Tensor]:
-        return {trained.name: trained.student for trained in self.pair.trained()}
+    # ---- the exact gradient and the floor ----------------------------------------------------------------------------
 
-
-def peer(name: str, kind: str, work: Workload, start: dict[str, Tensor], dtype=torch.float32) -> ReferenceStep:
-    """Peer R1 ... R4 with the trained tensors `start`; the teacher begins as the student."""
-    model = work.family.load_transformer(dtype).to(work.options.device)
-    step = ReferenceStep(
-        model,
-        [1.0 - t for t in work.grid],
-        weight="v",
-        adapter=Adapter(int(work.lora["rank"]), work.lora["alpha"]) if kind == "lora" else None,
-        learning_rate=LEARNING_RATE,
-        grad_clip=GRAD_CLIP,
-        ema_decay=EMA_DECAY,
-        encoders=work.encoders,
-        **STRONGER[name],
-    )
-    with torch.no_grad():
-        for full, parameter in step.trainable.items():
-            parameter.copy_(start[stock_name(full)])
-    step.copy_student_to_teacher()
-    for full, average in step.ema.items():
-        average.copy_(step.teacher_weights[full])
-    return step
-
-
-def stock_name(name: str) -> str:
-    """PEFT's `...lora_A.student.weight` -> `...lora_A.weight`, as our pair names it."""
-    return name.replace(".student.", ".")
-
-
-def runner(name: str, step: ReferenceStep, work: Workload) -> Callable[[], Any]:
-    if name == "R1":
-        return lambda: step.step_from_inputs(work.noise, work.prompts, work.images)
-    return lambda: step.step(work.noise, work.student, work.teacher)
-
-
-# ---- the measurement -------------------------------------------------------------------------------------------------
-
-
-def measure(kind: str, work: Workload, options: Options) -> list[Row]:
-    """Rows of one kind, "lora" or "full"."""
-    torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = 64  # one graph per length, branch and mode; all blocks share the code
-    ours = OurStep(kind, work)
-    start = {name: parameter.detach().clone() for name, parameter in ours.parameters().items()}
-    exact = exact_gradient(kind, work, start)
-    calls: dict[str, Callable[[], Any]] = {"ours": ours.step}
-    ours.backward()
-    errors = {"ours": compare({name: p.grad for name, p in ours.parameters().items() if p.grad is not None}, exact)}
-    ours.step()
-    for name in options.peers:
-        step = peer(name, kind, work, start)
-        if STRONGER[name].get("compile_blocks"):
-            print(f"step: compiling {name} ({kind}), which can take minutes", file=sys.stderr)
+    def prepare(self) -> Iterator[Row]:
+        """The exact gradient and the floor, or why there is none."""
+        say(f"step: {self.case()}, the exact gradient")
         try:
-            step.backward(work.noise, work.student, work.teacher)
+            if not self.room.exact_fits:
+                raise MemoryError(f"the exact gradient does not fit this device: see {self.kind}@2layers")
+            self.find_exact(torch.float64 if self.work.model.dtype == torch.float32 else torch.float32)
         except Exception as error:
-            if not STRONGER[name].get("compile_blocks"):
-                raise
-            print(f"step: {name} ({kind}) is left out, torch.compile failed: {one_line(error)}", file=sys.stderr)
-            continue
-        errors[name] = compare({stock_name(full): gradient for full, gradient in step.gradients().items()}, exact)
-        calls[name] = runner(name, step, work)
-    calls["encoders"] = lambda: (work.encoders.student(work.prompts), work.encoders.teacher(work.prompts, work.images))
-    gemms = floor(kind, work, start)
-    calls["floor"] = gemms.run
-    rounds, warmup = (2, 1) if options.quick else (options.rounds or 30, 5)
-    seconds = interleaved(calls, rounds, warmup, options.device, options.clock)
-    case = kind + "{peer}" + work.suffix
-    flops = Row("step", case.format(peer=""), "floor", "gemm_gflop_per_step", gemms.flops / 1e9, "GFLOP")
-    return [*tabulate(case, seconds, errors), flops]
+            for metric in ("gradient_relative_error", "gradient_one_minus_cosine"):
+                yield failed(SUITE, self.case(), "ours", metric, "", error)
+        self.free()
+        if not self.room.exact_fits and self.work.model.random and self.cell.layers != 2:
+            yield from ErrorsOnly(self.kind, replace(self.cell, layers=2), self.options, self.peers, self.deadline).rows()
+
+    def find_exact(self, dtype: torch.dtype) -> None:
+        """The exact gradient, kept on the CPU, and the products of the step."""
+        self.exact_note = "against fp32 without TF32" if dtype == torch.float32 else ""
+        noise = self.work.noise.to(dtype)
+        with exactly(dtype):
+            step = peer("R2", self.kind, self.work, dtype)
+
+            def forward() -> None:
+                step.student_prediction(noise, step.sigmas[1], self.work.student)
+                step.teacher_prediction(noise, step.sigmas[1], self.work.teacher)
+
+            self.floor = GemmFloor(forward, self.work.states, self.options.device, self.work.model.dtype)
+            step.per_state = True  # the same gradient, one graph at a time
+            step.backward(noise, self.work.student, self.work.teacher)
+        found = step.trainable.items()
+        self.exact = {stock_name(name): p.grad.to("cpu") for name, p in found if p.grad is not None}
+
+    # ---- groups ------------------------------------------------------------------------------------------------------
+
+    def measure_with_ours(self, groups: Sequence[Sequence[str]], alone: Sequence[str]) -> Iterator[Row]:
+        """Ours beside each group of peers in turn; the first group also times the floor."""
+        alive: dict[str, Any] = {}
+        try:
+            yield from self.build("ours", alive)
+            for number, group in enumerate(groups):
+                yield from self.group(group, alive, with_floor=number == 0)
+        finally:
+            for one in alive.values():
+                one.close()
+            alive.clear()
+            self.free()
+
+    def group(self, names: Sequence[str], ours: Mapping[str, Any] = {}, with_floor: bool = False) -> Iterator[Row]:
+        """Rows of the peers `names`, measured in turns with what is alive of ours, and of ours where it has none yet."""
+        alive: dict[str, Any] = {}
+        for name in names:
+            yield from self.build(name, alive)
+        calls: dict[str, Callable[[], Any]] = {name: one.step for name, one in {**ours, **alive}.items()}
+        if "R1" in alive:
+            prompts, images = self.work.prompts, self.work.images
+            encoders = self.work.encoders
+            calls["encoders"] = lambda: (encoders.student(prompts), encoders.teacher(prompts, images))
+        if with_floor and self.floor is not None and ours:
+            calls["floor"] = self.floor.run
+        if set(calls) - {"encoders"}:
+            yield from self.time(calls, alive)
+        for one in alive.values():
+            one.close()
+        alive.clear()
+        calls.clear()
+        if self.floor is not None:
+            self.floor.free()
+        self.work.forget_encoders()
+        self.free()
+
+    def time(self, calls: Mapping[str, Callable[[], Any]], peers: Mapping[str, Any]) -> Iterator[Row]:
+        """In turns; where that fails, for want of memory mostly, one after the other."""
+        say(f"step: {self.case()}, timing {', '.join(calls)}")
+        before, note = set(self.seconds), ""
+        found: dict[str, list[float]] = {}
+        try:
+            found = self.interleaved(calls)
+        except Exception as error:
+            note = f"measured one after the other: {failed(SUITE, '', '', '', '', error).note}"
+        for name, call in calls.items() if note else ():
+            self.free()
+            try:
+                found |= self.interleaved({name: call})
+            except Exception as error:
+                yield from self.lost(name, error)
+        self.seconds = {**found, **self.seconds}  # ours as first measured
+        yield from self.tabulate([name for name in found if name not in before])
+        for name in peers:
+            if name in found and "ours" in self.seconds:
+                beside = found.get("ours", self.seconds["ours"])
+                if "ours" not in calls:
+                    note = "measured one after the other: both do not fit"
+                yield self.row("ours", "speedup", "x", ratios(found[name], beside), self.case(name), note)
+
+    def interleaved(self, calls: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
+        rounds = self.options.repeats(20 if self.standard else 8, 5 if self.cuda else 3)
+        warmup = 1 if self.options.quick or self.options.tour else 3
+        return interleaved(calls, rounds, warmup, self.options.device, self.options.clock)
+
+    def build(self, name: str, alive: dict[str, Any]) -> Iterator[Row]:
+        """Puts a variant that has made its first steps into `alive`, or says why not."""
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            yield from self.lost(name, "left out: the time was up")
+            return
+        compiled = bool(name != "ours" and STRONGER[name].get("compile_blocks"))
+        say(f"step: {self.case()}, {'compiling' if compiled else 'building'} {name}")
+        device = self.options.device
+        self.free()
+        before = torch.cuda.memory_allocated(device) if self.cuda else 0
+        one: Any = None
+        note = ""
+        try:
+            torch._dynamo.utils.counters.clear()
+            if name == "ours":
+                one = OurStep(self.kind, self.work, self.cell.activations, self.room.masters)
+            else:
+                one = PeerStep(name, self.kind, self.work)
+            one.backward()
+            if self.exact:
+                self.errors[name] = compare(one.gradients(), self.exact)
+            one.clear()
+            self.after_errors(one)
+            if self.cuda:
+                torch.cuda.reset_peak_memory_stats(device)
+                one.step()
+                self.peaks[name] = torch.cuda.max_memory_allocated(device) - before
+            note = compiled_in_part() if compiled else one.fell_back()
+        except Skip:
+            yield from self.error_rows(name)
+            one.close()
+            one = None
+        except Exception as error:
+            yield from self.lost(name, error)
+            one = None
+        if one is None:
+            self.free()
+            return
+        self.notes[name] = note
+        alive[name] = one
+
+    def after_errors(self, one: Any) -> None:
+        """The first whole step, which makes the optimizer's state."""
+        one.step()
+
+    def lost(self, name: str, error: BaseException | str) -> Iterator[Row]:
+        yield failed(SUITE, self.case(), name, "seconds_per_step", "s", error)
+        if name in self.peers:
+            yield failed(SUITE, self.case(name), "ours", "speedup", "x", error)
+
+    def free(self) -> None:
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+
+    # ---- rows --------------------------------------------------------------------------------------------------------
+
+    def row(self, variant: str, metric: str, unit: str, values: Sequence[float] | float, case: str = "", note: str = "") -> Row:
+        """Status and note say what the variant fell back to. A number that is not finite is a failure."""
+        fallback = self.notes.get(variant, "")
+        status: Status = "fallback" if fallback else "ok"
+        said = "; ".join(filter(None, (fallback, note)))
+        numbers: list[float] = [values] if isinstance(values, float | int) else list(values)
+        if not all(map(math.isfinite, numbers)):
+            return failed(SUITE, case or self.case(), variant, metric, unit, "; ".join(filter(None, ("not finite", said))))
+        if isinstance(values, float | int):
+            return Row(SUITE, case or self.case(), variant, metric, values, unit, status=status, note=said)
+        return Row(SUITE, case or self.case(), variant, metric, unit=unit, status=status, note=said, **summary(numbers))
+
+    def tabulate(self, names: Sequence[str]) -> Iterator[Row]:
+        """Rows of the variants `names`, as far as they have been measured; no ratios."""
+        states, batch = self.work.states, self.work.batch
+        for name in names:
+            seconds = self.seconds[name]
+            note = self.remark if name == "ours" else ""
+            if name == "ours" and self.room.masters != "fp32":
+                note = "; ".join(filter(None, (note, f"masters={self.room.masters}")))
+            yield self.row(name, "seconds_per_step", "s", seconds, note=note)
+            if name not in ("floor", "encoders"):
+                yield self.row(name, "states_per_second", "1/s", [states * batch / s for s in seconds])
+                yield self.row(name, "samples_per_second", "1/s", [batch / s for s in seconds])
+            if name != "encoders" and self.floor is not None:
+                yield from self.speeds(name, seconds, self.floor.flops)
+            if name in self.peaks:
+                yield self.row(name, "peak_bytes", "B", self.peaks[name])
+            yield from self.error_rows(name)
+        if "floor" in names and self.floor is not None:
+            yield self.row("floor", "gemm_gflop_per_step", "GFLOP", self.floor.flops / 1e9)
+        for name, against in (("floor", "ours"), ("encoders", "R1")):
+            if name in names and against in names:
+                share = ratios(self.seconds[name], self.seconds[against])
+                yield self.row(against, f"{name}_share", "", share)
+
+    def speeds(self, name: str, seconds: Sequence[float], flops: int) -> Iterator[Row]:
+        dtype, device = self.work.model.dtype, self.options.device
+        rates = [flops / s for s in seconds]
+        ceiling = ceilings(device, dtype, self.options.quick).flops_per_second
+        yield self.row(name, "flops_per_second", "FLOP/s", rates)
+        yield self.row(name, "mfu", "", [rate / ceiling for rate in rates])
+        if self.cuda and dtype in NOMINAL and any(card in torch.cuda.get_device_name(device) for card in ("H100", "H200")):
+            yield self.row(name, "mfu_nominal", "", [rate / NOMINAL[dtype] for rate in rates])
+
+    def error_rows(self, name: str) -> Iterator[Row]:
+        if name in self.errors:
+            flaw, error = self.errors[name]
+            yield self.row(name, "gradient_one_minus_cosine", "", flaw, note=self.exact_note)
+            yield self.row(name, "gradient_relative_error", "", error, note=self.exact_note)
 
 
-def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+class Skip(Exception):
+    """Nothing more is wanted of a variant."""
 
 
-def exact_gradient(kind: str, work: Workload, start: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The published step's gradient in float64."""
-    with wide(torch.float64):
-        step = peer("R2", kind, work, start, torch.float64)
-        step.backward(work.noise.double(), work.student, work.teacher)
-    return {stock_name(name): gradient for name, gradient in step.gradients().items()}
+class ErrorsOnly(Measurement):
+    """The gradients' errors where the standard depth leaves no room for the exact one: at less depth."""
+
+    def after_errors(self, one: Any) -> None:
+        raise Skip
+
+    def measure_with_ours(self, groups: Sequence[Sequence[str]], alone: Sequence[str]) -> Iterator[Row]:
+        for name in ("ours", *(name for group in groups for name in group)):
+            yield from self.build(name, {})
+
+    def group(self, names: Sequence[str], ours: Mapping[str, Any] = {}, with_floor: bool = False) -> Iterator[Row]:
+        for name in names:
+            yield from self.build(name, {})
 
 
-def compare(gradients: dict[str, Tensor], exact: dict[str, Tensor]) -> tuple[float, float]:
-    """(1 - cosine, relative error) of the whole gradient against float64."""
-    dot = squares = exact_squares = difference = 0.0
+@contextmanager
+def exactly(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, `dtype` is what products are computed in: no TF32, and no casts from float64 to fp32 in diffusers."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        with wide(dtype):
+            yield
+    finally:
+        matmul.allow_tf32 = before
+
+
+def compare(gradients: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> tuple[float, float]:
+    """(1 - cosine, relative error) of the whole gradient against the exact one; a tensor without gradient counts as zero."""
+    sums = torch.zeros(4, dtype=torch.float64)
     for name, true in exact.items():
-        value = gradients[name].double()
-        dot += (value * true).sum().item()
-        squares += value.square().sum().item()
-        exact_squares += true.square().sum().item()
-        difference += (value - true).square().sum().item()
+        if name in gradients:
+            value = gradients[name].double()
+            true = true.to(value.device).double()
+            parts = [(value * true).sum(), value.square().sum(), true.square().sum(), (value - true).square().sum()]
+            sums += torch.stack(parts).cpu()
+        else:
+            size = true.double().square().sum()
+            sums[2:] += size
+    dot, squares, exact_squares, difference = sums.tolist()
+    if not squares or not exact_squares:
+        return math.nan, math.nan
     return 1.0 - dot / (squares * exact_squares) ** 0.5, (difference / exact_squares) ** 0.5
 
 
-def floor(kind: str, work: Workload, start: dict[str, Tensor]) -> GemmFloor:
-    step = peer("R2", kind, work, start)
-
-    def forward() -> None:
-        predict_noise_direction(step.model, work.noise, step.sigmas[1], work.student)
-        step.teacher_prediction(work.noise, step.sigmas[1], work.teacher)
-
-    return GemmFloor(forward, STATES, work.options.device)
-
-
-def tabulate(case: str, seconds: dict[str, list[float]], errors: dict[str, tuple[float, float]]) -> list[Row]:
-    """`case` holds "{peer}", which stands for "/R1" and so on in the rows of a ratio."""
-    plain, rows = case.format(peer=""), []
-    for name, values in seconds.items():
-        rows.append(Row("step", plain, name, "seconds_per_step", unit="s", **summary(values)))
-        if name in errors:
-            flaw, error = errors[name]
-            rows.append(Row("step", plain, name, "gradient_one_minus_cosine", flaw, ""))
-            rows.append(Row("step", plain, name, "gradient_relative_error", error, ""))
-    for name in [name for name in seconds if name in errors and name != "ours"]:
-        values = ratios(seconds[name], seconds["ours"])
-        rows.append(Row("step", case.format(peer=f"/{name}"), "ours", "speedup", unit="x", **summary(values)))
-    for name, against in (("floor", "ours"), ("encoders", "R1")):
-        if against in seconds:
-            share = ratios(seconds[name], seconds[against])
-            rows.append(Row("step", plain, against, f"{name}_share", unit="", **summary(share)))
-    return rows
+def compiled_in_part() -> str:
+    """What torch.compile did not compile since its counters were cleared, in one line; empty: nothing."""
+    counters = torch._dynamo.utils.counters
+    if counters["graph_break"]:
+        reason = " ".join(str(next(iter(counters["graph_break"]))).split())
+        return f"torch.compile broke the graph: {reason[:120]}"
+    frames = counters["frames"]
+    if not frames["ok"]:
+        return "torch.compile compiled nothing"
+    if frames["total"] > frames["ok"]:
+        return f"torch.compile gave up on {frames['total'] - frames['ok']} of {frames['total']} frames"
+    return ""

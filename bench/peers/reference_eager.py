@@ -190,6 +190,9 @@ class ReferenceStep:
         for name, parameter in self.trainable.items():
             self.teacher_weights[name].copy_(parameter)
 
+    def student_prediction(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
+        return predict_noise_direction(self.model, x, sigma, conditions)
+
     def teacher_prediction(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
         with torch.no_grad():
             if self.teacher is not None:
@@ -205,7 +208,7 @@ class ReferenceStep:
         states, losses = [x], []
         count = len(self.sigmas) - 1
         for sigma, sigma_next in zip(self.sigmas[:-1], self.sigmas[1:], strict=True):
-            prediction = predict_noise_direction(self.model, x, sigma, student)
+            prediction = self.student_prediction(x, sigma, student)
             target = self.teacher_prediction(x, sigma, teacher)
             if self.weight == "v":
                 losses.append(F.mse_loss(prediction, target))

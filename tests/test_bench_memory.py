@@ -1,0 +1,112 @@
+"""Suite `memory`: what it measures is what was allocated, and what it counts follows the depth."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench.cases import cost, memory
+from bench.cases.workload import Workload
+from bench.results import Options, Row
+from tests import tiny
+
+CPU = torch.device("cpu")
+MB = 1 << 20
+
+
+def tiny_options(**more) -> Options:
+    return Options(str(tiny.shared("zimage")), CPU, quick=True, threads=1, **more)
+
+
+def found(rows) -> dict[tuple[str, str, str], Row]:
+    rows = list(rows)
+    by_key = {(row.case, row.variant, row.metric): row for row in rows}
+    assert len(by_key) == len(rows) and {row.suite for row in rows} == {"memory"}
+    return by_key
+
+
+class Known:
+    """Holds 24 MB, and for a moment of each step 40 MB more."""
+
+    def __init__(self, kind, work):
+        self.held = torch.ones(24 * MB // 4)
+
+    def step(self):
+        parts = [torch.ones(20 * MB // 4) for _ in range(2)]
+        del parts
+        torch.ones(30 * MB // 4)
+
+    def fell_back(self):
+        return ""
+
+
+def test_the_peak_is_what_was_allocated():
+    """Some pages of the process itself come to it; the fork leaves nothing here."""
+    work = Workload(tiny_options())
+    for _ in range(2):
+        peak, growth, note = memory.in_turn(Known, "lora", work)
+        assert growth == pytest.approx(40 * MB, abs=2 * MB) and peak - growth == 24 * MB and note == ""
+
+
+def test_rows_of_the_suite(monkeypatch):
+    monkeypatch.setitem(memory.PEERS, "R4", lambda kind, work: memory.Peer("R2", kind, work, False))  # not compiled
+    rows = found(memory.measured("full", tiny_options()))
+    value = {key: row.value for key, row in rows.items()}
+    names = [("", "R1"), ("", "R2_uncheckpointed"), ("", "R4"), ("", "ours"), ("@selective", "ours"), ("@recompute", "ours")]
+    for end, name in names:
+        peak, step = (value[f"full{end}@zimage", name, metric] for metric in ("peak_bytes", "step_bytes"))
+        assert peak > step > 0, name
+    steps = [value[f"full{end}@zimage", name, "step_bytes"] for end, name in names]
+    assert steps[0] < steps[1] and steps[5] < steps[4] < steps[3] < steps[1]
+    ratio = rows["full/R1@recompute@zimage", "ours", "peak_ratio"]
+    ours, theirs = value["full@recompute@zimage", "ours", "peak_bytes"], value["full@zimage", "R1", "peak_bytes"]
+    assert ratio.value == ours / theirs and ratio.unit == "x"
+    for end in ("", "@selective", "@recompute"):
+        planned = value[f"full{end}@zimage", "planner", "planned_bytes"]
+        assert planned == pytest.approx(value[f"full{end}@zimage", "ours", "peak_bytes"], rel=0.4)
+    assert all(row.status == "ok" and not row.note for row in rows.values())
+
+
+def test_what_stays_is_weights_moments_and_average():
+    """Full: R1 has its model, the teacher, two moments and the average, five fp32 numbers a parameter."""
+    options = tiny_options()
+    peak, growth, _ = memory.in_turn(memory.PEERS["R1"], "full", Workload(options))
+    assert peak - growth == pytest.approx(5 * 4 * Workload(options).parameters, rel=0.02)
+
+
+def test_a_variant_that_cannot_run_leaves_rows_and_the_others_go_on(monkeypatch):
+    """An error in the fork, and a fork that is killed."""
+
+    def unable(kind, work):
+        raise MemoryError("no room for it")
+
+    class Killed(Known):
+        def step(self):
+            os.kill(os.getpid(), 9)
+
+    monkeypatch.setattr(memory, "PEERS", {"R1": unable, "R2_uncheckpointed": Killed, "R4": Known})
+    rows = found(memory.measured("lora", replace(tiny_options(), tour=False)))
+    lost, killed = (rows["lora@zimage", name, "peak_bytes"] for name in ("R1", "R2_uncheckpointed"))
+    assert (lost.status, lost.value) == ("failed", None) and lost.note == "MemoryError: no room for it"
+    assert killed.status == "failed" and killed.note == "the fork ended with -9"
+    assert rows["lora@zimage", "R4", "peak_bytes"].value > 0 and rows["lora@zimage", "ours", "peak_bytes"].value > 0
+    ratio = rows["lora/R1@zimage", "ours", "peak_ratio"]
+    assert (ratio.status, ratio.note) == ("failed", "R1 was not measured")
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_published_step_grows_evenly_with_its_layers(kind):
+    one, two, three = (memory.traced_bytes(kind, cost.Size(layers, 2)) for layers in (2, 3, 4))
+    assert three - two == two - one
+    # each of two graphs keeps the input of every block: 4096 + 256 tokens, 3840 channels, bf16
+    assert two - one >= 2 * (4096 + 256) * 3840 * 2
+
+
+def test_full_size_by_count():
+    rows = found(memory.counted("lora", replace(tiny_options(), tour=True)))
+    keep, recompute, theirs = (rows[f"lora@full_size{end}", name, "activation_bytes"].value
+                               for end, name in (("", "ours"), ("@recompute", "ours"), ("", "R1")))  # fmt: skip
+    assert recompute < theirs < keep and 10e9 < keep < 20e9
+    assert rows["lora/R1@full_size@recompute", "ours", "activation_ratio"].value == recompute / theirs
+    assert all(row.status == "ok" for row in rows.values())

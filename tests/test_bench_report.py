@@ -1,0 +1,333 @@
+"""Tables, progress, plots and report of the benchmark, on rows that are made up."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from bench import plots, report, show
+from bench.results import Row, failed, write_results
+
+ROOT = Path(__file__).resolve().parent.parent
+FACTS = {
+    "cpu": "some <CPU>", "threads": 2, "commit": "0123abc", "model": "nano", "device": "cpu", "load": [0.5, 0.25],
+    "torch": "2.13", "gpu": None, "quick": False,
+}  # fmt: skip
+REASON = "RuntimeError: <script>alert('no compiler')</script> & \"more\""
+
+
+def spread(value: float) -> dict:
+    return {"value": value, "p20": 0.96 * value, "p80": 1.05 * value, "n": 20}
+
+
+def made_up() -> list[Row]:
+    """Something for every plot, a failure and a fallback."""
+    rows = []
+    for kind in ("lora", "full"):
+        for end in ("", "@K8"):
+            for variant, slower in (("ours", 1.0), ("R1", 2.25), ("R4", 1.375)):
+                seconds = spread(0.51625 * slower)
+                if (variant, end) == ("R4", "@K8"):
+                    rows.append(failed("step", f"{kind}@K8", "R4", "seconds_per_step", "s", REASON))
+                    rows.append(failed("step", f"{kind}/R4@K8", "ours", "speedup", "x", REASON))
+                    continue
+                rows.append(Row("step", f"{kind}{end}", variant, "seconds_per_step", unit="s", **seconds))
+                rows.append(Row("step", f"{kind}{end}", variant, "gradient_relative_error", 2.74924e-07, ""))
+                if variant != "ours":
+                    rows.append(Row("step", f"{kind}/{variant}{end}", "ours", "speedup", unit="x", **spread(slower)))
+                for part, share in (("gemm", 0.75), ("idle", 0.25)):
+                    if variant != "R4" and not end:
+                        rows.append(Row("profile", kind, variant, f"seconds_{part}", share * seconds["value"], "s"))
+        rows.append(Row("step", kind, "floor", "seconds_per_step", unit="s", **spread(0.31725)))
+        rows.append(Row("step", kind, "encoders", "seconds_per_step", unit="s", **spread(0.12975)))
+        rows.append(Row("rollout", kind, "ours", "states_per_second", unit="1/s", **spread(61.75)))
+        rows.append(Row("rollout", f"{kind}/R1", "ours", "speedup", unit="x", **spread(2.625)))
+        rows.append(Row("memory", kind, "ours", "peak_bytes", 19.2e9, "B"))
+        rows.append(Row("memory", kind, "R1", "peak_bytes", 24.75e9, "B"))
+        rows.append(Row("memory", kind, "planner", "planned_bytes", 20.5e9, "B"))
+        rows.append(Row("memory", f"{kind}/R1", "ours", "peak_ratio", 19.2 / 24.75, "x"))
+        rows.append(Row("memory", f"{kind}@full_size", "ours", "activation_bytes", 15.5e9, "B"))
+        rows.append(Row("zero", kind, "ours", "gathers_per_step", 2.0, ""))
+        rows.append(Row("zero", kind, "plain", "gathers_per_step", 16.0, ""))
+        rows.append(Row("cost", kind, "ours", "launches_per_step", 5500.0, ""))
+        rows.append(Row("cost", kind, "R1", "launches_per_step", 68874.0, ""))
+    rows.append(Row("kernels", "copy", "copy", "bytes_per_second", 2.625e10, "B/s"))
+    rows.append(Row("kernels", "gemm", "gemm", "flops_per_second", 2.3125e11, "FLOP/s"))
+    for phase in ("forward", "backward"):
+        for op, work in (("swiglu", 8.0e6), ("attention", 4.0e8)):
+            rows.append(Row("kernels", op, "ours", f"bytes_{phase}", 1.0e7, "B"))
+            rows.append(Row("kernels", op, "ours", f"flops_{phase}", work, "FLOP"))
+            for variant, seconds in (("ours", 0.003125), ("eager", 0.0065)):
+                fell = {"status": "fallback", "note": "not built"} if variant == "ours" else {}
+                rows.append(Row("kernels", op, variant, f"seconds_{phase}", unit="s", **spread(seconds), **fell))
+                rate = spread(work / seconds)
+                rows.append(Row("kernels", op, variant, f"flops_per_second_{phase}", unit="FLOP/s", **rate, **fell))
+            rows.append(Row("kernels", f"{op}/eager", "ours", f"speedup_{phase}", unit="x", **spread(2.08)))
+    rows.append(Row("kernels", "kernels", "ours", "suite_seconds", 41.25, "s"))
+    return rows
+
+
+def of(suite: str) -> list[Row]:
+    return [row for row in made_up() if row.suite == suite]
+
+
+# ---- numbers and tables ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("value", "metric", "unit", "said"), [
+    (0.0123456, "seconds_per_step", "s", "12.3 ms"),
+    (3.04e-5, "seconds_forward", "s", "30.4 us"),
+    (1.1806, "seconds_per_step", "s", "1.18 s"),
+    (2.5e-10, "seconds", "s", "0.250 ns"),
+    (0.0, "seconds_communication", "s", "0 s"),
+    (24.75e9, "peak_bytes", "B", "24.8 GB"),
+    (512.0, "bytes", "B", "512 B"),
+    (44.34, "gigabytes_per_second", "GB/s", "44.3 GB/s"),
+    (808.4, "gemm_tflop_per_step", "TFLOP", "808 TFLOP"),
+    (54.44, "gemm_gflop_per_step", "GFLOP", "54.4 GFLOP"),
+    (0.6167, "floor_share", "", "61.7%"),
+    (2.269, "speedup", "x", "2.27x"),
+    (68874.0, "launches_per_step", "", "68,874"),
+    (0.0, "gathers_per_step", "", "0"),
+    (2.749e-07, "gradient_relative_error", "", "2.7e-07"),
+])  # fmt: skip
+def test_numbers_are_read_in_fitting_units(value, metric, unit, said):
+    assert show.read(Row("s", "c", "ours", metric, value, unit))[0] == said
+
+
+def test_a_spread_has_the_unit_of_its_value():
+    row = Row("step", "lora", "ours", "seconds_per_step", 0.98, "s", 0.95, 1.02, 20)
+    assert show.read(row) == ("980 ms", "950..1,020")
+    assert show.read(replace(row, n=1)) == ("980 ms", "")
+    assert show.read(replace(row, status="fallback"))[0] == "980 ms*"
+    assert show.read(failed("step", "lora", "ours", "seconds_per_step", "s", "no")) == ("failed", "")
+
+
+def test_every_row_has_its_cell_and_a_ratio_stands_with_its_peer():
+    rows = of("step")
+    for width in (60, 80, 120, 400):
+        made = show.grids(rows, width)
+        cells = [cell.row for grid in made for line in grid.lines for cell in line.cells if cell]
+        assert sorted(row.key for row in cells) == sorted(row.key for row in rows)
+    (grid,) = show.grids(rows, 400)
+    lines = {(line.case, line.variant): dict(zip(grid.metrics, line.cells)) for line in grid.lines}
+    assert lines["lora", "R1"]["speedup"].text == "2.25x" and lines["lora@K8", "R1"]["speedup"].row.case == "lora/R1@K8"
+    assert lines["lora@K8", "R4"]["speedup"].text == "failed" and lines["lora", "ours"]["speedup"] is None
+    assert [line.variant for line in grid.lines if line.case == "lora"] == ["ours", "R1", "R4", "floor", "encoders"]
+
+
+def test_a_ratio_without_a_line_of_its_peer_keeps_its_own():
+    (grid,) = show.grids([Row("memory", "lora/R1@recompute", "ours", "peak_ratio", 0.9, "x")])
+    assert [(line.case, line.variant) for line in grid.lines] == [("lora/R1@recompute", "ours")]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("suite", ["step", "kernels", "memory", "cost"])
+def test_the_terminals_tables_keep_to_the_width(suite, width, capsys):
+    show.show(suite, of(suite), width)
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= width and "\x1b" not in said and said.strip().startswith(suite)
+    tables = " ".join(said.split())
+    for row in of(suite):
+        if row.metric == show.SUITE_SECONDS or show.rank(row) < show.DETAIL:
+            text, spread_text = show.read(row)
+            assert text in tables and spread_text in tables, row
+    if suite == "step":
+        assert "failed" in said and "alert('no compiler')" in said and "p20..p80 of 20 measurements" in said
+    if suite == "kernels":
+        assert "* fallback: not built" in said and "in 41.2 s" in said
+
+
+def test_no_rows_are_said_to_be_none(capsys):
+    show.show("step", [])
+    assert capsys.readouterr().out.split() == ["step", "no", "results"]
+
+
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+
+def test_progress_without_a_terminal_is_a_line_per_suite(capsys):
+    show.step("nobody listens")
+    with show.progress(["kernels", "step"]) as bar:
+        for suite in bar.suites:
+            bar.begin(suite)
+            show.step("something")
+            show.show(suite, of(suite)[:1])
+            bar.end(suite)
+    out, err = capsys.readouterr()
+    assert err.splitlines() == ["[1/2] kernels ...", "[2/2] step ..."]
+    assert "something" not in out and "\x1b" not in out
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_tables_and_the_live_bar_share_a_terminal(monkeypatch, capsys):
+    screen = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys, "stdout", screen)
+    with pytest.raises(KeyError):
+        with show.progress(["step", "cost"]) as bar:
+            bar.begin("step")
+            show.step("lora: R1 [not markup]")
+            bar.progress.refresh()
+            show.show("step", of("step"))
+            print("printed meanwhile")
+            bar.end("step")
+            raise KeyError
+    said = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    for text in ("[1/2] step", "lora: R1 [not markup]", "516 ms", "printed meanwhile"):
+        assert text in said
+    assert capsys.readouterr().err == "" and show._bar is None
+    assert screen.getvalue().rstrip().endswith("\x1b[?25h")  # the cursor is back
+
+
+# ---- plots -----------------------------------------------------------------------------------------------------------
+
+
+def test_plots_are_drawn_alike_every_time_and_only_where_there_are_rows(tmp_path):
+    first = plots.draw(made_up(), FACTS, tmp_path / "a")
+    assert {path.stem for path in first} == set(plots.PLOTS) == set(report.ALT)
+    again = plots.draw(made_up(), FACTS, tmp_path / "b")
+    for one, other in zip(first, again):
+        assert one.read_bytes() == other.read_bytes() and one.read_bytes().startswith(b"\x89PNG")
+    assert plots.draw([], FACTS, tmp_path / "none") == []
+    assert plots.draw([failed("step", "step", "ours", "suite", "", "all of it")], FACTS, tmp_path / "none") == []
+
+
+def test_a_step_is_broken_down_without_a_profile_too():
+    parts = plots.assembled(of("step"))
+    assert parts["lora", "R1"] == {"gemm": 0.31725, "encoders": 0.12975, "rest": pytest.approx(0.51625 * 2.25 - 0.447)}
+    assert sum(parts["full", "ours"].values()) == pytest.approx(0.51625) and "encoders" not in parts["full", "ours"]
+    assert not {variant for _, variant in parts} & {"floor", "encoders"}
+
+
+def test_names_are_kept_apart():
+    places = plots.spread_out([0.0, 0.01, 0.02, 0.95, 1.0], 0.0, 1.0, 0.1)
+    assert all(b - a >= 0.1 - 1e-9 for a, b in zip(places, places[1:])) and min(places) >= 0 and max(places) <= 1
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """What a browser would load, and the text that it would show."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.texts: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    write_results(folder, FACTS, made_up())
+    file = report.write_report(folder)
+    assert file == folder / "report.html"
+    return file.read_text(encoding="utf-8")
+
+
+def test_the_report_needs_nothing_else(written):
+    page = Page(written)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "base", "form"}
+    for tag, attributes in page.tags:
+        for name in ("src", "srcset", "href", "action", "data", "poster", "background"):
+            target = attributes.get(name)
+            assert target is None or target.startswith("data:image/png;base64," if tag == "img" else "#"), (tag, name)
+        assert not any(name.startswith("on") for name in attributes)
+    style = "".join(re.findall(r"<style>(.*?)</style>", written, re.DOTALL))
+    assert "url(" not in style and "@import" not in style and "prefers-color-scheme: dark" in style
+    assert "://" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", written)
+    assert len(written.encode()) < 5e6
+    assert sum(tag == "img" for tag, _ in page.tags) == len(plots.PLOTS)
+    anchors = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    assert {attributes["href"][1:] for tag, attributes in page.tags if tag == "a"} <= anchors
+
+
+def test_the_report_shows_every_row(written):
+    page = Page(written)
+    texts = {text.strip() for text in page.texts}
+    hovered = {attributes["title"] for tag, attributes in page.tags if tag == "td" and "title" in attributes}
+    for row in made_up():
+        if row.metric != show.SUITE_SECONDS:
+            assert any(said.startswith(f"{row.case}, {row.variant}: {row.metric}") for said in hovered), row
+            assert show.read(row)[0] in texts, row
+        assert row.value is None or str(row.value) in texts, row
+    assert "in 41.2 s" in texts
+
+
+def test_the_report_says_what_failed_before_anything_else_and_escapes_it(written):
+    assert "<script" not in written and "some <CPU>" not in written
+    text = " ".join(Page(written).texts)
+    first = text.index(REASON)
+    assert text.index("Not measured") < first < text.index("How to read this")
+    assert text.index("not built") < text.index("How to read this")
+    for one in ("lora@K8: R4 (time/step, speedup)", "full@K8: R4 (time/step, speedup)", "swiglu: ours", "some <CPU>"):
+        assert one in text
+
+
+def test_the_headline_is_rollout_and_step(written):
+    text = re.sub(r"\s+", " ", " ".join(Page(written).texts))
+    for one in ("61.8 trajectory states a second, LoRA", "2.62x rollout against the published one, LoRA",
+                "2.25x training step against R1, full fine-tuning", "1.38x training step against R4, LoRA"):  # fmt: skip
+        assert one in text
+    assert text.index("61.8 trajectory") < text.index("How to read this")
+
+
+def test_a_model_with_a_suffix_has_a_headline():
+    rows = [Row("step", f"lora/R1{end}", "ours", "speedup", value, "x") for end, value in (("@small", 2.0), ("@K8@small", 3.0))]
+    assert [one.text for one in report.headlines(rows)] == ["2.00x"]
+
+
+def test_a_failed_headline_is_shown_as_failed():
+    rows = [failed("step", "lora/R1", "ours", "speedup", "x", "no memory")]
+    assert [(one.text, one.status) for one in report.headlines(rows)] == [("failed", "failed")]
+
+
+def test_the_command_line(tmp_path):
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-m", "bench.report", *arguments], capture_output=True, text=True, cwd=ROOT)
+
+    write_results(tmp_path / "out", FACTS, [Row("strange", "case", "ours", "metric", 1.5, "")])
+    done = run(str(tmp_path / "out"))
+    assert done.returncode == 0 and "strange" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8"), done.stderr
+    done = run(str(tmp_path / "none"))
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_committed_results_can_be_shown(tmp_path, capsys):
+    files = [file for file in (ROOT / "bench" / "results").glob("*/*.json") if "rows" in json.loads(file.read_text())]
+    assert files
+    for file in files:
+        content = json.loads(file.read_text())
+        rows = [Row(**row) for row in content["rows"]]
+        plots.draw(rows, content["environment"], tmp_path)
+        for suite in dict.fromkeys(row.suite for row in rows):
+            show.show(suite, [row for row in rows if row.suite == suite], 80)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_what_is_repeated():
+    options = "--model nano --device cpu --threads 2"
+    assert report.command(FACTS, ["step", "profile"]) == f"python bench/run.py step {options} --profile"
+    assert report.command({"model": "/a b/<c>"}, []) == "python bench/run.py --model '/a b/<c>'"
+    assert report.command({"command": "python bench/run.py"}, ["step"]) == "python bench/run.py"
+    assert json.loads(json.dumps(report.machine(FACTS)))[0] == ["CPU", "some <CPU>"]
