@@ -1,10 +1,13 @@
-"""Ranks as forks of a process that has its libraries loaded: a second each instead of eight."""
+"""Forks of a process that has its libraries loaded: a second each instead of eight. That process is one of its own (`apart`):
+a fork inherits neither threads nor the other side of a process group, and waits for them in vain."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -12,8 +15,34 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.results import ROOT
+from bench.show import PASSED_ON, step
+
 GRACE = 5.0
 """Seconds that the other ranks have once one has failed."""
+
+
+def apart(call: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> str:
+    """Runs `call`, as "module:function", in a new process with one thread and `environment` added, what it says in `log` and
+    what it tells by `show.tell_parent` passed on. How it failed, in one line; nothing if it did not."""
+    module, _, function = call.partition(":")
+    program = f"import sys; from {module} import {function}; {function}(*sys.argv[1:])"
+    added = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "TOKENIZERS_PARALLELISM": "false", **environment}
+    command = [sys.executable, "-c", program, *arguments]
+    with log.open("w") as said:
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | added, stdout=subprocess.PIPE, stderr=said, text=True)
+        with process:
+            for line in process.stdout or ():
+                if line.startswith(PASSED_ON):
+                    step(line.removeprefix(PASSED_ON).strip())
+    return f"its process ended with {process.returncode}: {last_error(log)}" if process.returncode else ""
+
+
+def last_error(log: Path) -> str:
+    """The last line of it that names an exception; else its last line."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception|Failed|Exit|Interrupt)\b", line)]
+    return (named or lines or ["it said nothing"])[-1].strip()
 
 
 def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:

@@ -28,6 +28,8 @@ SMALL = {"dim": 256, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 4, "n_kv_h
 RANDOM = {"zimage-turbo": {}, "zimage-small": SMALL}
 WIDE = 1024
 """From this width on a model is measured at the published sizes."""
+SHOWN_PIXELS = 768**2
+"""Of the largest picture that recipes/zimage_turbo_lora.toml shows to the teacher's encoder."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Model:
         if self.family.name != "zimage":
             raise UserError(f"--model {name}: it is {self.family.name}, the published step is written for zimage pipelines")
         if name == "zimage-turbo" and device.type != "cuda":
-            raise UserError("--model zimage-turbo computes for hours on a CPU: use a GPU, --model zimage-small, or the suite cost")
+            raise UserError("--model zimage-turbo computes for hours on a CPU: use a GPU, --model zimage-small or suite cost")
 
     @property
     def suffix(self) -> str:
@@ -96,6 +98,11 @@ class Model:
             return Standard(1024, 1, 256, 768, 64, 128.0)
         rank, alpha = (16, 32.0) if self.name == "nano" else (64, 128.0)  # nano's as in recipes/nano_lora.toml
         return Standard(8 * self.family.pixel_multiple, 8, 20, 80, rank, alpha)
+
+    @property
+    def shown_pixels(self) -> int:
+        """Most pixels of a picture that the teacher's encoder is shown; 0: all, and its tokens have room for them."""
+        return 0 if self.random or self.standard.pixels**2 <= SHOWN_PIXELS else SHOWN_PIXELS
 
     def transformer(self, dtype: torch.dtype | None = None) -> Any:
         """A new diffusers transformer on the device, the same weights every time."""

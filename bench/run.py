@@ -77,6 +77,8 @@ def bench(argv: list[str]) -> int:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
     threads = arguments.threads or min(2, os.cpu_count() or 1)
     model = arguments.model or ("zimage-turbo" if device.type == "cuda" else "nano")
     options = Options(

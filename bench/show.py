@@ -30,6 +30,8 @@ DETAILS = ("bytes_per_second", "flops_per_second", "samples_per_second", "bytes_
            "flops_backward")  # fmt: skip
 """Metrics, by how they begin, that the report shows and the terminal does not."""
 CEILINGS = ("copy", "gemm")
+PASSED_ON = "measuring: "
+"""How a line begins by which a process tells the one that started it what it measures."""
 SUITE_SECONDS = "suite_seconds"
 """The metric of the row that says how long a suite took: it stands in the title."""
 MARKS = {"ok": "", "fallback": "*", "failed": ""}
@@ -266,7 +268,7 @@ def show(suite: str, rows: Sequence[Row], width: int | None = None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = _bar.console if _bar else _console(width)
+    console = _bar.console if isinstance(_bar, Bar) else _console(width)
     console.print()
     console.print(Text(suite, style="bold"), Text(f"  {took(rows)}" if rows else "  no results", style="dim"), sep="")
     for grid in grids(rows, console.width, details=False):
@@ -342,7 +344,7 @@ class Bar:
             self.progress.update(self.task, status=text)
 
 
-_bar: Bar | None = None
+_bar: Bar | Telling | None = None
 
 
 @contextmanager
@@ -375,6 +377,19 @@ def progress(suites: Sequence[str]) -> Iterator[Bar]:
             yield bar
     finally:
         _bar = before
+
+
+class Telling:
+    """Stands for the bar in a process that `forks.apart` started."""
+
+    def step(self, text: str) -> None:
+        print(f"{PASSED_ON}{text}", flush=True)
+
+
+def tell_parent() -> None:
+    """From now on `step` of this process is that of the process that started it."""
+    global _bar
+    _bar = Telling()
 
 
 def step(text: str) -> None:

@@ -164,32 +164,62 @@ def test_a_suite_that_fails_is_a_row_and_the_others_go_on(monkeypatch, tmp_path,
     assert [row.note for row in late if row.status == "failed"] == ["left out: the time was up"]
 
 
-def test_the_rows_of_zero(monkeypatch):
-    """On results that are made up: its cases, and plain's gathers beside each that they are compared with. test_gathers runs
-    it."""
+@pytest.fixture
+def made_up_ranks(monkeypatch):
+    """zero.launch gives results that are made up; the jobs it was asked for. `losses`: case -> first loss, 2 if not named."""
     asked: list[zero.Job] = []
+    losses: dict[str, float] = {}
+    broken: set[str] = set()
 
-    def launch(model, device, jobs):
+    def launch(device, jobs):
         asked.extend(jobs)
         for job in jobs:
-            one = job.arrangements[0]
+            (one,) = job.arrangements
+            if one.case in broken:
+                yield zero.RankFailed("rank 1 ended with 1: MemoryError: no more")
+                continue
             counts = {"gathers_per_step": 16.0 if one.plain else 1.0, "collectives_per_step": 5}
-            yield [{"first_loss": 2.0, "precision": "float32", "seconds_per_step": [0.5] * job.timed, "peak_bytes": [7.0],
-                    "steps": [counts] * job.counted}]  # fmt: skip
+            yield [{"first_loss": losses.get(one.case, 2.0), "precision": "fp32", "seconds_per_step": [0.5] * job.timed,
+                    "peak_bytes": [7.0], "steps": [counts] * job.counted}]  # fmt: skip
 
     monkeypatch.setattr(zero, "launch", launch)
-    options = Options(tiny.shared("zimage"), torch.device("cpu"), rounds=2)
-    rows = zero.run(options, (2, 4))
-    found = {(row.case, row.variant, row.metric): row for row in rows}
-    assert len(found) == len(rows) and {job.world for job in asked} == {2, 4}
+    return asked, losses, broken
+
+
+def rows_of_zero(**changes):
+    options = replace(Options(str(tiny.shared("zimage")), torch.device("cpu"), rounds=2, ranks=(2, 4)), **changes)
+    return {(row.case, row.variant, row.metric): row for row in zero.run(options)}
+
+
+def test_the_rows_of_zero(made_up_ranks):
+    """Its cases, and plain's gathers beside each that they are compared with. test_gathers runs it."""
+    found = rows_of_zero()
+    assert {job.world for job in made_up_ranks[0]} == {2, 4}
     for suffix in ("@zimage", "@zimage@4_ranks"):
         for case in ("full", "full/resident", "lora"):
             assert found[case + suffix, "ours", "gathers_per_step"].value == 1
             assert found[case + suffix, "plain", "gathers_per_step"].value == 16
+            assert found[case + suffix, "ours", "first_loss_relative_error"].value == 0
         assert found["full" + suffix, "ours", "seconds_per_step"].n == 2 * 3
-    monkeypatch.setattr(zero, "launch", lambda *_: [[one | {"first_loss": 1 + i}] for i, (one,) in enumerate(launch(*_))])
-    with pytest.raises(RuntimeError, match="first loss"):
-        zero.run(options)
+    assert not any(row.status != "ok" for row in found.values())
+
+
+def test_the_tour_of_zero_measures_the_standard_arrangements(made_up_ranks):
+    rows_of_zero(tour=True, rounds=0, ranks=())
+    asked = {(one.case, one.variant) for job in made_up_ranks[0] for one in job.arrangements}
+    assert asked == {("full", "ours"), ("full", "plain"), ("full/resident", "ours"), ("lora", "ours")}
+    assert {job.world for job in made_up_ranks[0]} == {2}
+
+
+def test_an_arrangement_that_does_other_work_or_fails_is_a_failed_row(made_up_ranks):
+    _, losses, broken = made_up_ranks
+    losses["full/resident"] = 3.0
+    broken.add("full/stage2")
+    found = rows_of_zero(ranks=(2,), kinds=("full",))
+    for metric in ("gathers_per_step", "seconds_per_step"):
+        assert "a first loss of 3, plain 2" in found["full/resident@zimage", "ours", metric].note
+        assert "MemoryError: no more" in found["full/stage2@zimage", "ours", metric].note
+        assert found["full@zimage", "ours", metric].status == "ok"
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from bench.arrangements import STATES, Arrangement, Batch, Ours
 from bench.cases import zero
 from bench.cases.collectives import Collectives, Unaccounted
-from bench.cases.zero import STATES, Arrangement, Job
+from bench.cases.zero import Job
+from bench.models import Model
 from bench.peers.reference_eager import ZIMAGE_TARGETS
 from tests import tiny
 
@@ -28,9 +29,11 @@ ALL = [pytest.param(one, world, id=f"{one.case}-{one.variant}-{world}") for worl
 @functools.cache
 def results() -> dict[tuple[int, Arrangement], dict[str, Any]]:
     ours = [one for one in RUN[2] if one != PLAIN]
-    jobs = [Job(2, ours, counted=2, timed=0), Job(2, [PLAIN], counted=1, timed=0), Job(4, RUN[4], counted=1, timed=0)]
-    jobs.append(Job(2, [STEP], counted=0, timed=0, call="tests.test_gathers:tamper"))
-    found = zero.launch(tiny.shared("zimage"), "cpu", jobs)
+    model = str(tiny.shared("zimage"))
+    jobs = [Job(2, ours, model, counted=2, timed=0), Job(2, [PLAIN], model, counted=1, timed=0)]
+    jobs.append(Job(4, RUN[4], model, counted=1, timed=0))
+    jobs.append(Job(2, [STEP], model, counted=0, timed=0, call="tests.test_gathers:tamper"))
+    found = zero.launch("cpu", jobs)
     return {(job.world if job.counted else 0, one): result
             for job, several in zip(jobs, found) for one, result in zip(job.arrangements, several)}  # fmt: skip
 
@@ -115,12 +118,12 @@ def test_every_arrangement_does_the_same_work(one, world):
 # ---- the counter -----------------------------------------------------------------------------------------------------
 
 
-def tamper(one: Arrangement, model: Path, device: torch.device, rank: int, *_: int) -> dict[str, Any]:
+def tamper(one: Arrangement, model: Model, rank: int, *_: int) -> dict[str, Any]:
     """On every rank: what the counter says of a step with something added or hidden."""
     import deepspeed
     from deepspeed.runtime.zero import partition_parameters
 
-    ours = zero.Ours(one, model, zero.Batch(model, rank, device, torch.float32), "fp32")
+    ours = Ours(one, Batch(model, rank))
     weights = list(ours.weights())
     students = [parameter for _, parameter in weights[: len(weights) // 2]]
     whole = torch.empty(8 * torch.distributed.get_world_size())

@@ -48,8 +48,6 @@ from dopsd_fast.records import read_records
 from dopsd_fast.settings import DataSettings
 
 SUITE, CASE = "conditioning", "contexts"
-SHOWN_PIXELS = 768**2
-"""Most pixels that the teacher's encoder is shown, as in recipes/zimage_turbo_lora.toml; smaller pictures are shown whole."""
 
 Batch = list[Context]
 
@@ -120,9 +118,9 @@ class Standing:
 
 def shown(model: Model) -> Family:
     """The model's family; a large model's encoder is shown no more of a picture than its tokens have room for."""
-    if model.random or model.standard.pixels**2 <= SHOWN_PIXELS:
+    if not model.shown_pixels:
         return model.family
-    settings = model.settings.conditioning.model_copy(update={"max_pixels": SHOWN_PIXELS})
+    settings = model.settings.conditioning.model_copy(update={"max_pixels": model.shown_pixels})
     return open_family(model.family.path, settings)
 
 
@@ -218,7 +216,7 @@ def measure(
 
 class Published(ReferenceEncoders):
     def __init__(self, model: Model) -> None:
-        super().__init__(model.family.path, device=model.device, dtype=model.dtype)
+        super().__init__(model.family.path, device=model.device, dtype=model.dtype, max_pixels=model.shown_pixels)
 
     def modules(self) -> list[nn.Module]:
         return [self.pipeline.text_encoder, self.vlm]

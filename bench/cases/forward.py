@@ -5,8 +5,9 @@
     diffusers   diffusers' own forward twice, as its pipeline calls it; not checkpointed
     compiled    the same, its blocks compiled, with RoPE in real numbers (R4)
 
-All begin at the conditions, so that captions are refined in every measurement; along a trajectory ours does that once. Rows of
-a case, "lora" or "full"; teacher and student differ:
+All begin at the conditions, so that captions are refined in every measurement; along a trajectory ours does that once. Teacher
+and student differ. Rows of a case, "lora" or "full" with what differs from the standard configuration ("@batch1", for models as
+wide as the published ones "@512px@batch4"):
 
     each            seconds_forward: both velocities, no gradient; tokens_per_second: of student and teacher
     each            seconds_backward: both velocities, the student's with its graph, and the gradients of all that trains
@@ -33,9 +34,10 @@ from torch import Tensor
 from bench.cases.gemm_floor import GemmFloor
 from bench.cases.rollout import OurPair, apart
 from bench.cases.step import compare, compiled_in_part, exactly
-from bench.cases.workload import Workload, peer, stock_name
+from bench.cases.workload import Cell, Workload, peer, stock_name
 from bench.clock import interleaved, ratios, summary
 from bench.machine import ceilings
+from bench.models import Model
 from bench.results import Options, Row, Status, failed
 from bench.show import step as say
 from dopsd_fast.teacher import TEACHER
@@ -57,7 +59,16 @@ def run(options: Options) -> list[Row]:
 def measure(options: Options) -> Iterator[Row]:
     """Rows as they are found."""
     for kind in options.kinds:
-        yield from Measurement(kind, options).rows()
+        for cell in cells(options):
+            yield from Measurement(kind, options, cell).rows()
+
+
+def cells(options: Options) -> list[Cell]:
+    """The standard one, and unless it is the tour or a test another batch."""
+    standard = Model(options.model, options.device).standard
+    if options.tour or options.quick:
+        return [Cell()]
+    return [Cell(), Cell(batch=1) if standard.batch > 1 else Cell(pixels=standard.pixels // 2, batch=4)]
 
 
 # ---- the programs ----------------------------------------------------------------------------------------------------
@@ -145,11 +156,11 @@ VARIANTS: dict[str, Callable[[str, Workload], Any]] = {
 class Measurement:
     """Of one kind, "lora" or "full"."""
 
-    def __init__(self, kind: str, options: Options) -> None:
+    def __init__(self, kind: str, options: Options, cell: Cell | None = None) -> None:
         torch.set_num_threads(options.threads)
         self.kind, self.options = kind, options
         self.one_by_one = options.device.type == "cuda"
-        self.work = Workload(options)
+        self.work = Workload(options, cell or Cell())
         self.work.forget_encoders()
         self.velocities: Velocities | None = None
         self.gradients: dict[str, Tensor] = {}

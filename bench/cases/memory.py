@@ -4,20 +4,23 @@
     R1                   the published step: K graphs, each of checkpoints. It begins at the conditions: its encoders would add
                          17 GB at full size
     R2_uncheckpointed    the same without checkpoints
-    R4                   one graph at a time, not checkpointed, its blocks compiled; not in the tour, nor is selective
+    R4                   one graph at a time, not checkpointed, its blocks compiled
     planner              what dopsd_fast.plan says of ours
 
-Rows of a case, "lora" or "full":
+The tour measures R1, keep and recompute. Rows of a case, "lora" or "full":
 
     each         peak_bytes: all that the step holds and allocates, weights and optimizer included
     each         step_bytes: of that, what the step adds to what stays from one to the next: activations, gradients
     planner      planned_bytes: peak_bytes as planned, without what the process and the CUDA context take
+    planner      planned_ratio: planned_bytes over ours' peak_bytes
     CASE/R1      ours: peak_ratio, step_ratio: ours over R1's
 
 Z-Image at its full size and 1024^2 pixels, batch 1, bf16, K = 4, counted on the meta device, cases "...@full_size":
 
     each         activation_bytes: most that is alive at any time beside weights and optimizer, gradients included
-    CASE/R1      ours: activation_ratio
+    each         peak_bytes: with weights and optimizer, R1 with both encoders as published, R2 without; ours as planned, its
+                 masters, moments and average in fp32, the peers' in the model's dtype
+    CASE/R1, R2  ours: activation_ratio, peak_ratio
 
 What stays is the sum of all tensors. What a step adds is, on a GPU, what PyTorch's allocator counts; on a CPU the growth of the
 resident memory, in a fork of this process whose heap gives large tensors pages of their own and returns them at once.
@@ -25,12 +28,13 @@ resident memory, in a fork of this process whose heap gives large tensors pages 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,11 +44,13 @@ import torch
 from bench import forks
 from bench.arrangements import Memory
 from bench.cases import cost
+from bench.cases.room import ENCODERS
 from bench.cases.step import compiled_in_part
 from bench.cases.workload import Cell, OurStep, Workload, peer
 from bench.peers.reference_eager import Condition
 from bench.results import Options, Row, Status, failed
 from bench.show import step as say
+from bench.show import tell_parent
 from dopsd_fast.memory_moments import Machine
 from dopsd_fast.memory_trace import LiveBytes, Shapes, measure, on_meta, published_family
 from dopsd_fast.plan import make_plan
@@ -53,7 +59,7 @@ from dopsd_fast.settings import Settings
 SUITE = "memory"
 POLICIES = ("keep", "selective", "recompute")
 FULL_SIZE = "@full_size"
-LEFT_TO_SUITE = "R4 and activations=selective are measured by `bench/run.py memory`"
+LEFT_TO_SUITE = "more peers and activations=selective are measured by `bench/run.py memory`"
 SECONDS = 300.0
 """After which a fork is ended."""
 PAGED = 64 << 10
@@ -62,12 +68,36 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 
 
 def run(options: Options) -> list[Row]:
-    rows: list[Row] = []
-    for kind in options.kinds:
-        rows += measured(kind, options)
+    rows = measured_apart(options) if options.device.type == "cpu" else measure_all(options)
     for kind in options.kinds:
         rows += counted(kind, options)
     return rows
+
+
+def measure_all(options: Options) -> list[Row]:
+    return [row for kind in options.kinds for row in measured(kind, options)]
+
+
+def measured_apart(options: Options) -> list[Row]:
+    """`measure_all` in a process of its own, whose forks inherit no threads and process groups of other suites.
+    RuntimeError: it failed as a whole."""
+    work = asdict(options) | {"device": str(options.device), "threads": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        lost = forks.apart(f"{__name__}:lead", [json.dumps(work), str(out)], Path(folder) / "log", {"DS_ACCELERATOR": "cpu"})
+        if lost:
+            raise RuntimeError(lost)
+        return [Row(**row) for row in json.loads(out.read_text())]
+
+
+def lead(work: str, out: str) -> None:
+    """What that process does. work: the options in JSON; out: file for the rows."""
+    tell_parent()
+    found = json.loads(work)
+    several = {name: tuple(found[name]) for name in ("peers", "kinds", "ranks")}
+    options = Options(**{**found, **several, "device": torch.device(found["device"])})
+    torch.set_num_threads(1)
+    Path(out).write_text(json.dumps([asdict(row) for row in measure_all(options)]))
 
 
 def ends_of(options: Options) -> dict[str, str]:
@@ -131,7 +161,8 @@ def measured(kind: str, options: Options) -> Iterator[Row]:
     ends = ends_of(options)
     if work.model.device.type != "cuda":
         preload()
-    for name, end in [*((name, "") for name in PEERS if not (name == "R4" and options.tour)), *(("ours", end) for end in ends)]:
+    peers = [name for name in PEERS if name == "R1" or not options.tour]
+    for name, end in [*((name, "") for name in peers), *(("ours", end) for end in ends)]:
         place = case.format(end)
         say(f"{SUITE}: {place}, {name}")
         work.cell = Cell(activations=ends[end] if name == "ours" else "keep")
@@ -150,7 +181,10 @@ def measured(kind: str, options: Options) -> Iterator[Row]:
     for end, policy in ends.items():
         yield from ratios(case.format(f"/R1{end}"), "peak_ratio step_ratio", peaks.get(("ours", end)), peaks.get(("R1", "")))
         try:
-            yield Row(SUITE, case.format(end), "planner", "planned_bytes", planned(kind, work, policy), "B")
+            expected = planned(kind, work, policy)
+            yield Row(SUITE, case.format(end), "planner", "planned_bytes", expected, "B")
+            if ("ours", end) in peaks:
+                yield Row(SUITE, case.format(end), "planner", "planned_ratio", expected / peaks["ours", end][0], "x")
         except Exception as error:
             yield failed(SUITE, case.format(end), "planner", "planned_bytes", "B", error)
 
@@ -161,16 +195,16 @@ def preload() -> None:
     import torch._inductor.config  # noqa: F401
     from diffusers.models.transformers import transformer_z_image  # noqa: F401
 
-    try:
+    with contextlib.suppress(ImportError):
         import deepspeed  # noqa: F401
-    except ImportError:
-        pass
 
 
-def ratios(case: str, metrics: str, ours: tuple[float, ...] | None, theirs: tuple[float, ...] | None) -> Iterator[Row]:
+def ratios(
+    case: str, metrics: str, ours: Sequence[float] | None, theirs: Sequence[float] | None, name: str = "R1"
+) -> Iterator[Row]:
     for number, metric in enumerate(metrics.split()):
         if ours is None or theirs is None:
-            yield failed(SUITE, case, "ours", metric, "x", f"{'ours' if ours is None else 'R1'} was not measured")
+            yield failed(SUITE, case, "ours", metric, "x", f"{'ours' if ours is None else name} was not measured")
         else:
             yield Row(SUITE, case, "ours", metric, ours[number] / theirs[number], "x")
 
@@ -264,9 +298,14 @@ def planned(kind: str, work: Workload, activations: str) -> int:
         {"text": (standard.teacher_tokens, width)},
     )  # fmt: skip
     settings = settings_of(kind, activations, model.precision, work.batch, work.states, standard.rank, standard.alpha)
-    plan = make_plan(settings, Machine(1, 1, None, None, device.type), work.family, shapes)
-    left_out = ("CUDA context", "Python and libraries")
-    return plan.device_peak - sum(sum(plan.items.get(name, (0, 0))) for name in left_out)
+    return planned_peak(settings, device.type, work.family, shapes)
+
+
+def planned_peak(settings: Settings, kind: str, family: Any, shapes: Shapes) -> int:
+    """Without what the process and the CUDA context take."""
+    plan = make_plan(settings, Machine(1, 1, None, None, kind), family, shapes)
+    counted_in = [plan.worst.device, *([plan.worst.host] if kind == "cpu" else [])]  # on a GPU the host's are not in the peak
+    return plan.device_peak - sum(part[name] for part in counted_in for name in ("CUDA context", "Python and libraries"))
 
 
 def settings_of(
@@ -285,30 +324,57 @@ def settings_of(
 
 def counted(kind: str, options: Options) -> Iterator[Row]:
     """Of Z-Image at full size."""
-    say(f"{SUITE}: {kind}{FULL_SIZE}, R1")
-    theirs: tuple[float] | None = None
+    case = f"{kind}{{}}{FULL_SIZE}{{}}"
+    say(f"{SUITE}: {case.format('', '')}, R1")
+    theirs: dict[str, float] = {}
     try:
-        theirs = (float(reference_bytes(kind)),)
-        yield Row(SUITE, f"{kind}{FULL_SIZE}", "R1", "activation_bytes", theirs[0], "B")
+        activations, held = reference_bytes(kind), reference_held(kind)
+        theirs = {"R1": held + ENCODERS + activations, "R2": held + activations, "activations": activations}
+        yield Row(SUITE, case.format("", ""), "R1", "activation_bytes", theirs["activations"], "B")
+        yield Row(SUITE, case.format("", ""), "R1", "peak_bytes", theirs["R1"], "B", note=f"{ENCODERS / 1e9:.1f} GB encoders")
+        yield Row(SUITE, case.format("", ""), "R2", "peak_bytes", theirs["R2"], "B")
     except Exception as error:
-        yield failed(SUITE, f"{kind}{FULL_SIZE}", "R1", "activation_bytes", "B", error)
+        for metric in ("activation_bytes", "peak_bytes"):
+            yield failed(SUITE, case.format("", ""), "R1", metric, "B", error)
     for end, policy in ends_of(options).items():
-        end = FULL_SIZE + end
-        say(f"{SUITE}: {kind}{end}, ours")
-        ours: tuple[float] | None = None
+        say(f"{SUITE}: {case.format('', end)}, ours")
+        ours: dict[str, float] = {}
         try:
-            ours = (float(our_bytes(kind, policy)),)
-            yield Row(SUITE, f"{kind}{end}", "ours", "activation_bytes", ours[0], "B")
+            ours = {"activation": our_bytes(kind, policy), "peak": our_peak(kind, policy)}
+            for what, value in ours.items():
+                yield Row(SUITE, case.format("", end), "ours", f"{what}_bytes", value, "B")
         except Exception as error:
-            yield failed(SUITE, f"{kind}{end}", "ours", "activation_bytes", "B", error)
-        yield from ratios(f"{kind}/R1{end}", "activation_ratio", ours, theirs)
+            for what in ("activation", "peak"):
+                yield failed(SUITE, case.format("", end), "ours", f"{what}_bytes", "B", error)
+        for name, what, against in (("R1", "activation", "activations"), ("R1", "peak", "R1"), ("R2", "peak", "R2")):
+            mine, his = ([of[key]] if of else None for of, key in ((ours, what), (theirs, against)))
+            yield from ratios(case.format(f"/{name}", end), f"{what}_ratio", mine, his, name)
 
 
-def our_bytes(kind: str, activations: str) -> int:
+def full_size(kind: str, activations: str) -> tuple[Settings, Any, Shapes]:
     settings = settings_of(kind, activations, "bf16", cost.LATENT[0], 4, cost.RANK, cost.ALPHA)
     family = published_family("zimage", settings.conditioning)
     student, teacher = ({"text": (tokens, cost.TEXT_WIDTH)} for tokens in (cost.TEXT, cost.TEACHER_TEXT))
-    return measure(family, settings, Shapes(cost.LATENT[1:], student, teacher), None).peak
+    return settings, family, Shapes(cost.LATENT[1:], student, teacher)
+
+
+def our_bytes(kind: str, activations: str) -> int:
+    settings, family, shapes = full_size(kind, activations)
+    return measure(family, settings, shapes, None).peak
+
+
+def our_peak(kind: str, activations: str) -> int:
+    """As planned for one GPU."""
+    settings, family, shapes = full_size(kind, activations)
+    return planned_peak(settings, "cuda", family, shapes)
+
+
+def reference_held(kind: str) -> int:
+    """Weights and, of what trains, two moments and the average, in the model's dtype."""
+    step = cost.reference(kind, cost.Size(), checkpointing=True)
+    models = [model for model in (step.model, step.teacher) if model is not None]
+    weights = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
+    return weights + 3 * sum(p.numel() * p.element_size() for p in step.trainable.values())
 
 
 def reference_bytes(kind: str) -> int:

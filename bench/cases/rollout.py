@@ -9,6 +9,7 @@ LoRA's B is not zero. Rows of a case, "lora" or "full", with "@K8" for eight sta
     each       final_state_relative_error, loss_relative_error: of x_K and of the mean loss, against float64 (for bf16 models
                against fp32 without TF32), R1 from the same conditions as the others
     CASE/PEER  ours: speedup, the peer's seconds over ours, round by round
+    student    sampling alone, against the published pipeline: bench/cases/sampling.py
 
 On a GPU each peer is measured in turns with ours alone, since not all fit together, else all together.
 """
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.cases import sampling
 from bench.cases.step import LEFT_TO_SUITE, MATRIX_PEERS, compiled_in_part, exactly
 from bench.cases.workload import Cell, OurStep, Workload, fill, peer, stock_name
 from bench.clock import interleaved, ratios, summary
@@ -52,6 +54,7 @@ def measure(options: Options) -> Iterator[Row]:
     """Rows as they are found."""
     for kind in options.kinds:
         yield from Measurement(kind, options).rows()
+    yield from sampling.measure(options)
 
 
 # ---- the programs ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ bits), a peer's 14.
 
 from __future__ import annotations
 
+import importlib.util
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -105,7 +106,9 @@ class Workload:
         found: Any
         if self.has_encoders:
             folder = self.family.path
-            found = ReferenceEncoders(folder, self.family.vlm_folder, device=self.model.device, dtype=self.model.dtype)
+            model = self.model
+            found = ReferenceEncoders(folder, self.family.vlm_folder, device=model.device, dtype=model.dtype,
+                                      max_pixels=model.shown_pixels)  # fmt: skip
         else:
             from bench.peers.random_encoders import RandomEncoders
 
@@ -229,11 +232,8 @@ class OurStep:
 
 
 def make_engine(pair: Pair, settings: Settings) -> Engine:
-    try:
-        import deepspeed  # noqa: F401
-    except ImportError:
-        return PlainEngine(pair, settings)
-    return Engine(pair, settings)
+    installed = importlib.util.find_spec("deepspeed") is not None
+    return (Engine if installed else PlainEngine)(pair, settings)
 
 
 class PlainEngine(Engine):

@@ -36,8 +36,6 @@ import gc
 import importlib
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -51,10 +49,10 @@ import torch
 
 from bench.arrangements import Arrangement, arrangements
 from bench.clock import summary
-from bench.forks import fork, free_port, rank_environment, wait
+from bench.forks import apart, fork, free_port, last_error, rank_environment, wait
 from bench.models import Model
-from bench.results import ROOT, Options, Row, failed
-from bench.show import step
+from bench.results import Options, Row, failed
+from bench.show import step, tell_parent
 from dopsd_fast.errors import UserError
 
 COUNTS = {"gathers_per_step": "", "gathers_of_one_weight_per_step": "", "gathers_for_average_per_step": "",
@@ -170,34 +168,19 @@ def launch(device: str, jobs: Sequence[Job]) -> list[list[dict[str, Any]] | Rank
     """For each job, the results of its arrangements (see `examine`), of all ranks as one."""
     with tempfile.TemporaryDirectory(prefix="bench-zero-") as name:
         folder = Path(name)
-        (folder / "work.json").write_text(json.dumps({"device": device, "jobs": [asdict(job) for job in jobs]}))
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "TOKENIZERS_PARALLELISM": "false"}
-        if device == "cpu":
-            environment["DS_ACCELERATOR"] = "cpu"
-        command = [sys.executable, "-c", "import sys; from bench.cases import zero; zero.lead(sys.argv[1])", name]
-        log = folder / "log"
-        with log.open("w") as said:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=said, text=True)
-            with process:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    if line.startswith(AT):
-                        step(str(jobs[int(line.removeprefix(AT))]))
-        if process.returncode:
-            (folder / "log").open("a").write(f"\nthe process that starts the ranks ended with {process.returncode}\n")
-        return [_result(folder, number, job.world) for number, job in enumerate(jobs)]
+        work = {"device": device, "jobs": [asdict(job) | {"said": str(job)} for job in jobs]}
+        (folder / "work.json").write_text(json.dumps(work))
+        environment = {"DS_ACCELERATOR": "cpu"} if device == "cpu" else {}
+        lost = apart("bench.cases.zero:lead", [name], folder / "log", environment)
+        return [_result(folder, number, job.world, lost) for number, job in enumerate(jobs)]
 
 
-AT = "job "
-"""What `lead` says before each."""
-
-
-def _result(folder: Path, number: int, world: int) -> list[dict[str, Any]] | RankFailed:
+def _result(folder: Path, number: int, world: int, lost: str) -> list[dict[str, Any]] | RankFailed:
     """Counts must agree; of seconds and bytes the largest; of the loss the mean."""
     error = folder / f"{number}.error"
     files = [folder / f"{number}-{rank}.json" for rank in range(world)]
     if error.exists() or not all(file.exists() for file in files):
-        return RankFailed(error.read_text() if error.exists() else last_error(folder / "log"))
+        return RankFailed(error.read_text() if error.exists() else lost or last_error(folder / "log"))
     merged = []
     for results in zip(*(json.loads(file.read_text()) for file in files), strict=True):
         if any(result["steps"] != results[0]["steps"] for result in results):
@@ -210,16 +193,10 @@ def _result(folder: Path, number: int, world: int) -> list[dict[str, Any]] | Ran
     return merged
 
 
-def last_error(log: Path) -> str:
-    """The last line of it that names an exception; else its last line."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception|Failed|Exit|Interrupt)\b", line)]
-    return (named or lines or ["it said nothing"])[-1].strip()
-
-
 def lead(folder: str) -> None:
     """Loads the libraries once; each job's ranks are forks of this process, on GPUs processes of their own. A job that fails is
     noted, and the next one begins."""
+    tell_parent()
     work = json.loads((Path(folder) / "work.json").read_text())
     forks = work["device"] == "cpu"
     if forks:
@@ -228,7 +205,7 @@ def lead(folder: str) -> None:
             importlib.import_module(name)
         gc.freeze()
     for number, job in enumerate(work["jobs"]):
-        print(f"{AT}{number}", flush=True)
+        step(job["said"])
         port, pids, logs = free_port(), [], []
         for rank_number in range(job["world"]):
             environment = rank_environment(rank_number, job["world"], port)

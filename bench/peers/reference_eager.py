@@ -261,19 +261,26 @@ class ReferenceEncoders:
     """Z-Image's encoders: Qwen3 for the student, Qwen3-VL with Qwen3's language weights for the teacher.
 
     `folder`: a diffusers Z-Image pipeline; `vlm_folder`: Qwen3-VL with tokenizer and image processor (default
-    `<folder>/vlm`).
+    `<folder>/vlm`). `max_pixels`: most pixels of a picture that the teacher is shown, larger ones are scaled down; 0: as the
+    image processor has it.
     """
 
-    def __init__(self, folder: Path, vlm_folder: Path | None = None, *, device="cpu", dtype=torch.float32) -> None:
+    def __init__(
+        self, folder: Path, vlm_folder: Path | None = None, *, device="cpu", dtype=torch.float32, max_pixels: int = 0
+    ) -> None:
         from diffusers import ZImagePipeline
         from transformers import AutoImageProcessor, AutoTokenizer, Qwen3VLForConditionalGeneration
 
         vlm_folder = vlm_folder or Path(folder) / "vlm"
         self.device = torch.device(device)
-        self.pipeline = ZImagePipeline.from_pretrained(folder, transformer=None, vae=None, torch_dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*torch_dtype", FutureWarning)  # the one name that every diffusers knows
+            self.pipeline = ZImagePipeline.from_pretrained(folder, transformer=None, vae=None, torch_dtype=dtype)
         self.pipeline.to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(vlm_folder)
         self.image_processor = AutoImageProcessor.from_pretrained(vlm_folder, backend="pil")
+        usual = self.image_processor.size
+        self.size = {"shortest_edge": usual["shortest_edge"], "longest_edge": max_pixels or usual["longest_edge"]}
         self.vlm = Qwen3VLForConditionalGeneration.from_pretrained(vlm_folder, dtype=dtype).eval().to(device)
         self.vlm.model.language_model.load_state_dict(self.pipeline.text_encoder.state_dict(), strict=True)
 
@@ -290,7 +297,7 @@ class ReferenceEncoders:
         """Image, then text, in one user turn; the VLM's features before its last layer, all tokens."""
         conditions = []
         for prompt, image in zip(prompts, images, strict=True):
-            pixels = self.image_processor(images=[image], return_tensors="pt").to(self.device)
+            pixels = self.image_processor(images=[image], size=self.size, return_tensors="pt").to(self.device)
             count = int(pixels["image_grid_thw"].prod()) // self.image_processor.merge_size**2
             turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
             text = self.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
