@@ -34,6 +34,7 @@ def environment(options: Options) -> dict[str, Any]:
         "model": options.model,
         "device": str(options.device),
         "quick": options.quick,
+        "tour": options.tour,
     }
     for package in ("torch", "triton", "diffusers", "transformers", "peft", "deepspeed", "flash-attn"):
         try:

@@ -51,10 +51,10 @@ NAMES = {"gemm": "matrix products", "rest": "the rest"}
 PEER_OVER_OURS = "peer's seconds / ours; right of 1 ours is faster"
 RATIO_SUITES = ("step", "rollout", "forward")
 SOLID = {
-    ("nano", "cpu"): {"lora/R1": 1.3, "full/R1": 1.5, "lora/R4": 0.95, "full/R4": 0.95},
-    ("zimage-turbo", "cuda"): {"lora/R1": 2.25, "lora/R1@512px@batch4": 2.3},
+    ("nano", ""): {"lora/R1": 1.3, "full/R1": 1.5, "lora/R4": 0.95, "full/R4": 0.95},
+    ("zimage-turbo", "H100"): {"lora/R1": 2.25, "lora/R1@512px@batch4": 2.3},
 }
-"""Model and device -> case of the suite step -> the speedup to reach; zimage-turbo's on an H100."""
+"""Model and, in its name, the GPU -> case of the suite step -> the speedup to reach."""
 SOLID_GATHERS = 2.0
 DATA = 0.68
 """Of a roofline's height; above are the names of the ops."""
@@ -97,7 +97,7 @@ def ratios(rows: Sequence[Row], environment: Mapping[str, Any]) -> Any:
         return None
     figure, (axes,) = canvas(1.4 + 0.29 * len(every))
     labels: list[str] = []
-    goals = SOLID.get((str(environment.get("model")), str(environment.get("device")).partition(":")[0]), {})
+    goals = goals_of(environment)
     colour = colours(split(row.case)[1] for row in every)
     values, aimed = [1.0], False
     for (_, what, _), members in found.items():
@@ -117,6 +117,14 @@ def ratios(rows: Sequence[Row], environment: Mapping[str, Any]) -> Any:
     times_axis(axes, values, PEER_OVER_OURS + (".  Thick bar: target" if aimed else "") + hollow(every))
     axes.set_title("How much faster ours is than each peer")
     return figure
+
+
+def goals_of(environment: Mapping[str, Any]) -> Mapping[str, float]:
+    """Case of the suite step -> the speedup to reach on this machine."""
+    gpu = str(environment.get("gpu") or "")
+    found = (goals for (model, name), goals in SOLID.items() if model == environment.get("model") and
+             (name in gpu if name else not gpu))  # fmt: skip
+    return next(found, {})
 
 
 def hollow(rows: Sequence[Row]) -> str:

@@ -151,7 +151,8 @@ def headlines(rows: Sequence[Row]) -> list[Headline]:
             row = standard(found, suite, case, metric)
             if row is not None:
                 text, spread = read(row)
-                made.append(Headline(text.removesuffix(" 1/s"), what, spread, row.status))
+                options = "".join(f", {option}" for option in row.case.split("@")[1:])
+                made.append(Headline(text.removesuffix(" 1/s"), what + options, spread, row.status))
     return made
 
 

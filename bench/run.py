@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -35,6 +37,7 @@ SUITES = {
 TOUR = tuple(suite for suite in SUITES if suite != "cubins")
 COUNTED = {"cost", "cubins"}
 """Suites that read no model."""
+NEEDED = ("rich", "matplotlib", "jinja2")
 WHOLE = "suite"
 """Metric of the row of a suite that failed as a whole."""
 MODULES = {"kernels": "ops"}  # a module called kernels would hide Hugging Face's package
@@ -60,12 +63,16 @@ def main(argv: list[str]) -> int:
 
 def bench(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
+    from dopsd_fast.errors import UserError
+
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"bench: {', '.join(missing)} not installed: pip install -c constraints.txt -e '.[bench]'")
 
     import torch
 
     from bench.models import Model
     from bench.results import Options
-    from dopsd_fast.errors import UserError
     from dopsd_fast.telemetry import quiet_libraries
 
     quiet_libraries()
@@ -89,17 +96,16 @@ def bench(argv: list[str]) -> int:
     if set(suites) - COUNTED:
         Model(model, device)
     out: Path = arguments.out or Path("runs") / "bench" / time.strftime("%Y-%m-%d-%H%M%S")
-    rows = measure(suites, options, out, profile=arguments.profile)
+    command = shlex.join(["python", "bench/run.py", *argv])
+    rows = measure(suites, options, out, command, arguments.profile)
     return int(any(row.metric == WHOLE and row.status == "failed" for row in rows))
 
 
-def measure(
-    suites: Sequence[str], options: Options, out: Path, deadline: float | None = None, profile: bool = False
-) -> list[Row]:
+def measure(suites: Sequence[str], options: Options, out: Path, command: str = "", profile: bool = False) -> list[Row]:
     """Runs the suites in order, shows the rows of each and writes `out` after each. What a suite cannot do is a row of status
     "failed"; a suite that fails as a whole is one row, too. UserError, of the first suite, ends it all: bad options.
 
-    deadline: of time.monotonic(); a suite that would begin after it is left out, with a row that says so."""
+    command: what repeats the run, for the report."""
     import torch
 
     from bench.machine import environment
@@ -109,7 +115,7 @@ def measure(
     from dopsd_fast.errors import UserError
 
     torch.set_num_threads(options.threads)
-    facts, started = environment(options), time.perf_counter()
+    facts, started = environment(options) | ({"command": command} if command else {}), time.perf_counter()
     rows: list[Row] = []
     names = [*suites, *(["profile"] if profile else [])]
     with progress(names) as bar:
@@ -117,10 +123,7 @@ def measure(
             bar.begin(suite)
             begun = time.perf_counter()
             try:
-                if deadline is not None and time.monotonic() > deadline:
-                    found = [failed(suite, suite, "ours", WHOLE, "", "left out: the time was up")]
-                else:
-                    found = run(suite, options, out)
+                found = run(suite, options, out)
             except UserError:
                 if number == 0:
                     raise

@@ -6,7 +6,6 @@ import math
 import re
 import subprocess
 import sys
-import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -112,6 +111,7 @@ def test_the_runner_end_to_end(tmp_path):
                  str(tiny.shared("zimage")), "--out", str(tmp_path))  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     facts, rows = results.read_results(tmp_path)
+    assert facts["command"].startswith("python bench/run.py rollout optimizer --quick") and facts["tour"] is False
     assert facts["quick"] is True and facts["threads"] == 1 and facts["model"].endswith("zimage") and facts["seconds"] > 0
     for row in rows:
         assert row.status == "ok" and isinstance(row.value, NUMBERS) and math.isfinite(row.value), row
@@ -160,8 +160,14 @@ def test_a_suite_that_fails_is_a_row_and_the_others_go_on(monkeypatch, tmp_path,
     assert whole.status == "failed" and whole.note == "RuntimeError: no such luck"
     assert results.read_results(tmp_path)[1] == list(found.values())
     assert "no such luck" in capsys.readouterr().out
-    late = run.measure(["step"], options, tmp_path, deadline=time.monotonic() - 1)
-    assert [row.note for row in late if row.status == "failed"] == ["left out: the time was up"]
+
+
+def test_what_is_not_installed_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(run, "NEEDED", ("rich", "no_such_package", "nor_this_one"))
+    assert run.main(["cost"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: bench: no_such_package, nor_this_one not installed: pip install -c constraints.txt -e '.[bench]'"
+    ]
 
 
 @pytest.fixture

@@ -294,7 +294,16 @@ def test_the_headline_is_rollout_and_step(written):
 
 def test_a_model_with_a_suffix_has_a_headline():
     rows = [Row("step", f"lora/R1{end}", "ours", "speedup", value, "x") for end, value in (("@small", 2.0), ("@K8@small", 3.0))]
-    assert [one.text for one in report.headlines(rows)] == ["2.00x"]
+    assert [(one.text, one.what) for one in report.headlines(rows)] == [("2.00x", "training step against R1, LoRA, small")]
+
+
+@pytest.mark.parametrize(("model", "gpu", "case"), [
+    ("nano", None, "full/R1"), ("zimage-turbo", "NVIDIA H100 80GB HBM3", "lora/R1"), ("zimage-turbo", "NVIDIA H200", None),
+    ("nano", "NVIDIA H100 80GB HBM3", None), ("elsewhere/pipeline", None, None),
+])  # fmt: skip
+def test_targets_are_shown_on_the_machine_that_they_are_for(model, gpu, case):
+    goals = plots.goals_of({"model": model, "gpu": gpu})
+    assert (case in goals) if case else not goals
 
 
 def test_a_failed_headline_is_shown_as_failed():

@@ -18,7 +18,6 @@ from bench.models import Model
 from bench.peers.reference_eager import ZIMAGE_TARGETS
 from tests import tiny
 
-RANK = 16
 SWEEP, STEP, UNIT = (Arrangement(f"full/{gather}", gather=gather) for gather in ("sweep", "step", "unit"))
 STAGE_2, LORA, PLAIN = Arrangement("full/stage2", stage=2), Arrangement("lora", "lora"), Arrangement("full", plain=True)
 RUN = {2: [SWEEP, STEP, UNIT, STAGE_2, LORA, PLAIN], 4: [SWEEP, STEP, LORA, PLAIN]}
@@ -57,7 +56,8 @@ def elements(kind: str) -> list[int]:
     if kind == "full":
         return [parameter.numel() for parameter in transformer().parameters()]
     adapted = [module for name, module in transformer().named_modules() if name.endswith(ZIMAGE_TARGETS)]
-    return [RANK * features for linear in adapted for features in (linear.in_features, linear.out_features)]
+    rank = Model(str(tiny.shared("zimage")), torch.device("cpu")).standard.rank
+    return [rank * features for linear in adapted for features in (linear.in_features, linear.out_features)]
 
 
 # ---- what a step gathers and reduces ---------------------------------------------------------------------------------

@@ -72,20 +72,18 @@ def run(options: Options) -> list[Row]:
     rows: list[Row] = []
     for kind in options.kinds:
         showing(f"{kind}, ours")
-        mine = _rows(kind, "ours", partial(_ours, kind, size))
+        mine = ours(kind, size)
         showing(f"{kind}, R1")
         theirs = _rows(kind, "R1", partial(reference_metrics, kind, size))
-        if not options.quick:
-            mine = [judged(row) for row in mine]
-        rows += mine + theirs
+        rows += (mine if options.quick else [judged(row) for row in mine]) + theirs
     if not options.quick:
         showing("encoders")
         rows += _rows("encoders", "R1", lambda: [("launches_per_step", float(encoder_launches()), "")])
     return rows
 
 
-def _ours(kind: str, size: Size) -> list[tuple[str, float, str]]:
-    return metrics(trace_ours(kind, size), size)
+def ours(kind: str, size: Size) -> list[Row]:
+    return _rows(kind, "ours", lambda: metrics(trace_ours(kind, size), size))
 
 
 def _rows(case: str, variant: str, measured: Callable[[], list[tuple[str, float, str]]]) -> list[Row]:

@@ -1,0 +1,112 @@
+"""`python -m bench.baseline [--update]`: the counts that no machine changes, against bench/baseline.json.
+
+    cost     launches, bytes, products of a full-size step of ours
+    memory   bytes of a full-size step by activation policy, counted and planned
+    zero     gathers, reductions, calls and their bytes of nano's step on 2 CPU ranks
+
+A count that is more than 2 % above its baseline is worse: exit code 1, and a test fails. `--update` writes what is counted now;
+a commit that does so says why. The file is {suite: {case: {metric: count}}}, all of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+
+from bench.results import ROOT, Options, Row
+from dopsd_fast.errors import UserError
+
+FILE = ROOT / "bench" / "baseline.json"
+LIMIT = 0.02
+KINDS = ("lora", "full")
+Counts = Mapping[str, Mapping[str, Mapping[str, float]]]
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.baseline", description="Counts that no machine changes, against "
+                                     "bench/baseline.json; exit code 1 when one is more than 2 %% worse.")  # fmt: skip
+    parser.add_argument("--update", action="store_true", help="write what is counted now")
+    arguments = parser.parse_args(argv)
+    try:
+        found = counts(measure())
+        if arguments.update:
+            FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            print(f"written: {FILE}")
+            return 0
+        before = read()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    bad = worse(found, before)
+    for line in (*bad, *better(found, before)):
+        print(line)
+    print(f"{sum(len(metrics) for cases in before.values() for metrics in cases.values())} counts, {len(bad)} worse")
+    return int(bool(bad))
+
+
+def measure() -> list[Row]:
+    """The rows of all counts, full size but for zero's."""
+    import torch
+
+    from bench.cases import cost, memory, zero
+
+    cpu = torch.device("cpu")
+    rows = [row for kind in KINDS for row in cost.ours(kind, cost.Size())]
+    rows += [row for kind in KINDS for row in memory.counted(kind, Options("nano", cpu, threads=torch.get_num_threads()))]
+    return rows + zero.run(Options("nano", cpu, tour=True, quick=True))
+
+
+def counts(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """What of `rows` belongs into the file. UserError, one line: a count that could not be taken."""
+    from bench.cases.zero import COUNTS
+
+    wanted = {"memory": ("activation_bytes", "peak_bytes"), "zero": (*COUNTS,)}
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        if row.variant != "ours" or row.suite in wanted and row.metric not in wanted[row.suite]:
+            continue
+        if row.value is None:
+            raise UserError(f"bench.baseline: {row.suite} {row.case} {row.metric} was not counted: {row.note}")
+        found.setdefault(row.suite, {}).setdefault(row.case, {})[row.metric] = round(row.value, 6)
+    return found
+
+
+def read() -> Counts:
+    """UserError, one line: the file is missing or holds something else."""
+    try:
+        found: Counts = json.loads(FILE.read_text(encoding="utf-8"))
+        flat(found)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{FILE}: {error}; write it with python -m bench.baseline --update") from error
+    return found
+
+
+def flat(found: Counts) -> dict[tuple[str, str, str], float]:
+    return {(suite, case, metric): float(value) for suite, cases in found.items() for case, metrics in cases.items()
+            for metric, value in metrics.items()}  # fmt: skip
+
+
+def worse(found: Counts, before: Counts) -> list[str]:
+    """A line for each count that is more than `LIMIT` above its baseline, and each that only one of the two has."""
+    now, then = flat(found), flat(before)
+    lines = [f"worse: {' '.join(key)}: {now[key]:,g}, before {value:,g}{percent(now[key], value)}"
+             for key, value in then.items() if key in now and now[key] > value * (1 + LIMIT)]  # fmt: skip
+    lines += [f"worse: {' '.join(key)} is not counted any more" for key in then if key not in now]
+    return lines + [f"worse: {' '.join(key)} is not in {FILE.name}: --update" for key in now if key not in then]
+
+
+def better(found: Counts, before: Counts) -> list[str]:
+    """A line for each count that is more than `LIMIT` below: --update holds it there."""
+    now, then = flat(found), flat(before)
+    return [f"better: {' '.join(key)}: {now[key]:,g}, before {value:,g}{percent(now[key], value)}; hold it with --update"
+            for key, value in then.items() if key in now and now[key] < value * (1 - LIMIT)]  # fmt: skip
+
+
+def percent(now: float, before: float) -> str:
+    return f" ({100 * (now / before - 1):+.1f} %)" if before else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

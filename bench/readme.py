@@ -1,0 +1,156 @@
+"""`python -m bench.readme [--check]`: writes README's table of measurements from the newest committed results.
+
+Of the folders in bench/results of one machine the last one by name counts, a CPU's and each GPU's. The table stands between
+`BEGIN` and `END`; `--check` writes nothing and fails when the table is not that of the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.results import ROOT, Row, read_results
+from bench.show import digits, read
+from dopsd_fast.errors import UserError
+
+README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
+BEGIN, END = "<!-- measured: begin; written by python -m bench.readme -->", "<!-- measured: end -->"
+KINDS = {"lora": "LoRA", "full": "full fine-tuning"}
+PEERS = {
+    "R1": "the published step",
+    "R2": "R2: conditions cached",
+    "R3": "R3: compiled, too",
+    "R4": "R4: real RoPE and one backward a state, too",
+}
+COUNTED = {
+    "launches_per_step": "kernel launches a step",
+    "elementwise_bytes_per_token_block_forward": "elementwise bytes a token and block, forward",
+    "elementwise_bytes_per_token_block_backward": "the same, backward",
+    "saved_bytes_per_token_block": "bytes saved for backward, a token and block",
+    "gemm_tflop_per_step": "products",
+}
+Found = Mapping[tuple[str, str, str, str], Row]
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.readme", description="Writes README's table of measurements from "
+                                     "bench/results.")  # fmt: skip
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when the table is another one")
+    arguments = parser.parse_args(argv)
+    try:
+        text = README.read_text(encoding="utf-8")
+        wanted = replaced(text, block(newest(RESULTS)))
+    except (UserError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if wanted == text:
+        print(f"{README.name} is up to date")
+        return 0
+    if arguments.check:
+        print(f"{README.name}: its table is not that of {RESULTS}: run python -m bench.readme", file=sys.stderr)
+        return 1
+    README.write_text(wanted, encoding="utf-8")
+    print(f"written: {README}")
+    return 0
+
+
+def replaced(text: str, table: str) -> str:
+    """`text` with `table` between the marks. UserError: there are none."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"{README}: the lines {BEGIN!r} and {END!r} are missing; put them where the table belongs")
+    return f"{before}{BEGIN}\n{table}{END}{after}"
+
+
+def newest(results: Path) -> list[Path]:
+    """The folder that counts of each machine, the CPU's first. UserError: there is none."""
+    found: dict[str, Path] = {}
+    for folder in sorted(path.parent for path in results.glob("*/results.json")):
+        facts, _ = read_results(folder)
+        if not facts.get("quick"):
+            found[str(facts.get("gpu") or "")] = folder
+    if not found:
+        raise UserError(f"{results}: no results; write them with bench/run.py --out {results}/NAME")
+    return [found[gpu] for gpu in sorted(found)]
+
+
+def block(folders: Sequence[Path]) -> str:
+    return "\n".join(part for folder in folders for part in tables(folder))
+
+
+def tables(folder: Path) -> list[str]:
+    """What one folder has to say, in Markdown: how fast ours is, and the counts."""
+    facts, rows = read_results(folder)
+    found = {row.key: row for row in rows}
+    parts = []
+    if lines := [line for line in fast(found) if line]:
+        head = f"| {subject(facts)}: over the peer's, median (p20..p80) | {' | '.join(KINDS.values())} |"
+        parts.append("\n".join([head, "| --- " * (1 + len(KINDS)) + "|", *lines, ""]))
+    if lines := [line for line in counted(found) if line]:
+        head = f"| Z-Image at 1024^2 by count, ours / published | {' | '.join(KINDS.values())} |"
+        parts.append("\n".join([head, "| --- " * (1 + len(KINDS)) + "|", *lines, ""]))
+    if parts:
+        commit = str(facts.get("commit") or "unknown")[:9]
+        parts.append(f"(`bench/results/{folder.name}`, commit {commit}, torch {facts.get('torch')}.)\n")
+    return parts
+
+
+def subject(facts: Mapping[str, Any]) -> str:
+    threads = facts.get("threads")
+    device = facts.get("gpu") or f"{facts.get('cpu')}, {threads} thread{'s' * (threads != 1)}"
+    return f"`{facts.get('model')}` on {device}"
+
+
+def fast(found: Found) -> list[str]:
+    lines = [line(f"training step over {what}", [ratio(found, "step", f"{kind}/{peer}", "speedup") for kind in KINDS])
+             for peer, what in PEERS.items()]  # fmt: skip
+    for peer in ("R1", "R4"):
+        cells = [ratio(found, "rollout", f"{kind}/{peer}", "speedup") for kind in KINDS]
+        lines.append(line(f"trajectory states a second over {PEERS[peer]}", cells))
+    lines.append(line("the same, a second", [ratio(found, "rollout", kind, "states_per_second") for kind in KINDS]))
+    cells = [ratio(found, "forward", f"{kind}/diffusers", "speedup_forward") for kind in KINDS]
+    lines.append(line("student and teacher velocity over diffusers'", cells))
+    cells = [pair(found, "step", kind, "gradient_relative_error") for kind in KINDS]
+    return [*lines, line("relative error of the gradient, ours / published", cells)]
+
+
+def counted(found: Found) -> list[str]:
+    lines = [line(what, [pair(found, "cost", kind, metric) for kind in KINDS]) for metric, what in COUNTED.items()]
+    for end, what in (("", "peak memory"), ("@recompute", "the same, `train.activations=recompute`")):
+        lines.append(line(what, [peaks(found, kind, end) for kind in KINDS]))
+    return lines
+
+
+def line(what: str, cells: Sequence[str]) -> str:
+    """A line of a table, nothing where no cell has anything."""
+    return f"| {what} | {' | '.join(cells)} |" if any(cells) else ""
+
+
+def ratio(found: Found, suite: str, case: str, metric: str) -> str:
+    row = found.get((suite, case, "ours", metric))
+    if row is None:
+        return ""
+    text, spread = read(row)
+    return text.removesuffix(" 1/s").replace("x", " x") + (f" ({spread})" if spread else "")
+
+
+def pair(found: Found, suite: str, case: str, metric: str) -> str:
+    """Ours / R1's."""
+    ours, theirs = (found.get((suite, case, variant, metric)) for variant in ("ours", "R1"))
+    return f"{read(ours)[0]} / {read(theirs)[0]}" if ours and theirs else ""
+
+
+def peaks(found: Found, kind: str, end: str) -> str:
+    ours = found.get(("memory", f"{kind}@full_size{end}", "ours", "peak_bytes"))
+    theirs = found.get(("memory", f"{kind}@full_size", "R1", "peak_bytes"))
+    if ours is None or theirs is None or not ours.value or not theirs.value:
+        return ""
+    return f"{read(ours)[0]} / {read(theirs)[0]} ({digits(ours.value / theirs.value)} x)"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
