@@ -24,6 +24,7 @@ from torch import Tensor
 from dopsd_kernels import native_ops
 from dopsd_kernels.costs import Cost, declares, size
 from dopsd_kernels.cubins import CompileCase
+from dopsd_kernels.direct_autograd import differentiable, unrecorded
 from dopsd_kernels.launch import launch
 from dopsd_kernels.norm_parts import (
     MOST_SPLIT,
@@ -406,7 +407,7 @@ def _backward(ctx, dr, dy, _, __):
     _, _, *needed, _, _, _ = ctx.needs_input_grad
     chunks = chunks_or_none("gated_residual_norm_fwd", chunks, row_sequence, any(needed))
     dr, dy = (None if gradient is None else contiguous_rows(gradient) for gradient in (dr, dy))
-    dx, dh, *sums, _ = gated_residual_norm_bwd(
+    dx, dh, *sums, _ = _backward_op(
         dr, dy, h, r, weight, gate, next_weight, next_scale, rstd_h, rstd_r, row_sequence, chunks,
         needed[0] or needed[2], needed[1] or needed[3], False,
     )  # fmt: skip
@@ -415,6 +416,8 @@ def _backward(ctx, dr, dy, _, __):
 
 
 gated_residual_norm_fwd.register_autograd(_backward, setup_context=_save)
+_forward_op = differentiable(gated_residual_norm_fwd, _save, _backward)
+_backward_op = unrecorded(gated_residual_norm_bwd)
 
 
 def gated_residual_norm(
@@ -434,9 +437,7 @@ def gated_residual_norm(
     shape, dtype, device or stride.
     """
     check_sequences("gated_residual_norm", x, {"gate": gate, "next_scale": next_scale}, sequences)
-    r, y, _, _ = gated_residual_norm_fwd(
-        x, h, weight, gate, next_weight, next_scale, sequences.row_sequence, eps, sequences.chunks
-    )
+    r, y, _, _ = _forward_op(x, h, weight, gate, next_weight, next_scale, sequences.row_sequence, eps, sequences.chunks)
     return r, None if next_weight is None else y
 
 

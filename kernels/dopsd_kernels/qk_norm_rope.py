@@ -24,6 +24,7 @@ from torch import Tensor
 from dopsd_kernels import backend, native_ops
 from dopsd_kernels.costs import Cost, declares, size
 from dopsd_kernels.cubins import CompileCase
+from dopsd_kernels.direct_autograd import differentiable, unrecorded
 from dopsd_kernels.launch import launch
 from dopsd_kernels.triton_compat import tl, triton
 
@@ -314,7 +315,7 @@ def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
     qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
     dq, dk = (dy if dy.stride(-1) == 1 else dy.contiguous() for dy in (dq, dk))
     need_weight = q_weight is not None and any(ctx.needs_input_grad[1:3])
-    dqk, dq_weight, dk_weight = qk_norm_rope_bwd(dq, dk, qkv, q_weight, k_weight, cos, sin, ctx.heads, ctx.eps, need_weight)
+    dqk, dq_weight, dk_weight = _backward_op(dq, dk, qkv, q_weight, k_weight, cos, sin, ctx.heads, ctx.eps, need_weight)
     dqkv = torch.nn.functional.pad(dqk, (0, qkv.shape[1] - dqk.shape[1]))
     if not need_weight:
         return dqkv, None, None, None, None, None, None
@@ -322,6 +323,7 @@ def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
 
 
 qk_norm_rope_fwd.register_autograd(_backward, setup_context=_setup)
+_forward_op, _backward_op = differentiable(qk_norm_rope_fwd, _setup, _backward), unrecorded(qk_norm_rope_bwd)
 
 
 def qk_norm_rope(
@@ -334,7 +336,7 @@ def qk_norm_rope(
     without gradient. Returns (q, k, v), each `[T, H, Dh]` in qkv's dtype; v is a view. Computed in fp32 (fp64 for fp64);
     differentiable with respect to qkv and the weights. Raises ValueError for another shape, dtype, device or last stride.
     """
-    q, k = qk_norm_rope_fwd(qkv, q_weight, k_weight, cos, sin, heads, eps)
+    q, k = _forward_op(qkv, q_weight, k_weight, cos, sin, heads, eps)
     return q, k, qkv[:, qkv.shape[1] // 3 * 2 :].unflatten(1, (heads, -1))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from dopsd_kernels import native_ops
 from dopsd_kernels.costs import Cost, declares, size
 from dopsd_kernels.cubins import CompileCase
+from dopsd_kernels.direct_autograd import differentiable, unrecorded
 from dopsd_kernels.launch import launch
 from dopsd_kernels.norm_parts import (
     MOST_SPLIT,
@@ -220,13 +221,14 @@ def _backward(ctx, dy, _):
         return None, None, None, None, None, None
     _, need_weight, need_scale, *_ = ctx.needs_input_grad
     chunks = chunks_or_none("rmsnorm_modulate_fwd", chunks, row_sequence, need_weight or need_scale)
-    dx, dweight, dscale, _ = rmsnorm_modulate_bwd(
+    dx, dweight, dscale, _ = _backward_op(
         contiguous_rows(dy), x, weight, scale, rstd, row_sequence, chunks, need_weight, need_scale, False
     )
     return dx, like(dweight, weight, need_weight), like(dscale, scale, need_scale), None, None, None
 
 
 rmsnorm_modulate_fwd.register_autograd(_backward, setup_context=_save)
+_forward_op, _backward_op = differentiable(rmsnorm_modulate_fwd, _save, _backward), unrecorded(rmsnorm_modulate_bwd)
 
 
 def rmsnorm_modulate(x: Tensor, weight: Tensor | None, scale: Tensor | None, sequences: Sequences, eps: float = 1e-5) -> Tensor:
@@ -236,7 +238,7 @@ def rmsnorm_modulate(x: Tensor, weight: Tensor | None, scale: Tensor | None, seq
     row stride. Computed in fp32 (float64: in float64). ValueError for another shape, dtype, device or stride.
     """
     check_sequences("rmsnorm_modulate", x, {"scale": scale}, sequences)
-    return rmsnorm_modulate_fwd(x, weight, scale, sequences.row_sequence, eps, sequences.chunks)[0]
+    return _forward_op(x, weight, scale, sequences.row_sequence, eps, sequences.chunks)[0]
 
 
 @declares("dopsd::rmsnorm_modulate_fwd")

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from dopsd_kernels import backend, native_ops
 from dopsd_kernels.costs import Cost, declares, size
 from dopsd_kernels.cubins import CompileCase
+from dopsd_kernels.direct_autograd import differentiable, unrecorded
 from dopsd_kernels.launch import launch
 from dopsd_kernels.triton_compat import tl, triton
 
@@ -157,10 +158,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, ds: Tensor) -> Tensor:
     (gu,) = ctx.saved_tensors
-    return swiglu_bwd(ds if ds.stride(1) == 1 else ds.contiguous(), gu, False)[0]
+    return _backward_op(ds if ds.stride(1) == 1 else ds.contiguous(), gu, False)[0]
 
 
 swiglu_fwd.register_autograd(_backward, setup_context=_setup)
+_forward_op, _backward_op = differentiable(swiglu_fwd, _setup, _backward), unrecorded(swiglu_bwd)
 
 
 def swiglu(gu: Tensor) -> Tensor:
@@ -170,7 +172,7 @@ def swiglu(gu: Tensor) -> Tensor:
     a wider projection needs no copy). Returns `[T, F]` in gu's dtype, computed in fp32 (fp64 for fp64). Differentiable.
     Raises ValueError for another shape, dtype or last stride.
     """
-    return swiglu_fwd(gu)
+    return _forward_op(gu)
 
 
 @declares("dopsd::swiglu_fwd")
