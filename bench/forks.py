@@ -27,10 +27,11 @@ def apart(call: str, arguments: Sequence[str], log: Path, environment: Mapping[s
     what it tells by `show.tell_parent` passed on. How it failed, in one line; nothing if it did not."""
     module, _, function = call.partition(":")
     program = f"import sys; from {module} import {function}; {function}(*sys.argv[1:])"
-    added = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "TOKENIZERS_PARALLELISM": "false", **environment}
+    whole = {name: value for name, value in os.environ.items() if name not in rank_environment(0, 1, 0)}  # of another group
+    whole |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "TOKENIZERS_PARALLELISM": "false", **environment}
     command = [sys.executable, "-c", program, *arguments]
     with log.open("w") as said:
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | added, stdout=subprocess.PIPE, stderr=said, text=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=whole, stdout=subprocess.PIPE, stderr=said, text=True)
         with process:
             for line in process.stdout or ():
                 if line.startswith(PASSED_ON):

@@ -62,7 +62,7 @@ MACHINE = {
 ALT = {
     "ratios": "speedup of ours over each peer", "ratios_other": "speedups away from the standard configuration",
     "breakdown": "parts of a training step's time", "memory": "peak memory by arrangement",
-    "memory_full_size": "activations of a full-size step", "kernels": "speedup of each op", "roofline": "roofline of each op",
+    "memory_full_size": "peak memory of a full-size step", "kernels": "speedup of each op", "roofline": "roofline of each op",
     "zero": "whole-model gathers a step", "cost": "counts of a full-size step against their targets",
 }  # fmt: skip
 

@@ -9,7 +9,9 @@ import importlib.util
 import os
 import shlex
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,10 +33,11 @@ SUITES = {
     "conditioning": "contexts from the cache against the encoders in every step",
     "memory": "peak memory of a step by what is kept for the backward pass",
     "zero": "what ranks send each other in a step, and its time, by ZeRO stage and arrangement",
+    "correctness": "errors of ops and velocities beside eager PyTorch's: for a machine that is new",
     "cubins": "registers and shared memory of every kernel, compiled for GPUs that are not here",
 }
-"""Suite -> what it shows. Each is `run(options) -> list[Row]` in bench/cases; zero takes the numbers of ranks, too."""
-TOUR = tuple(suite for suite in SUITES if suite != "cubins")
+"""Suite -> what it shows. Each is `run(options) -> list[Row]` in bench/cases."""
+TOUR = tuple(suite for suite in SUITES if suite not in ("correctness", "cubins"))
 COUNTED = {"cost", "cubins"}
 """Suites that read no model."""
 NEEDED = ("rich", "matplotlib", "jinja2")
@@ -76,6 +79,7 @@ def bench(argv: list[str]) -> int:
     from dopsd_fast.telemetry import quiet_libraries
 
     quiet_libraries()
+    warnings.filterwarnings("ignore", ".*complex operators", UserWarning)  # R3's RoPE is in complex numbers, as published
     name = arguments.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -95,7 +99,14 @@ def bench(argv: list[str]) -> int:
     suites = list(dict.fromkeys(arguments.suites)) or list(TOUR)
     if set(suites) - COUNTED:
         Model(model, device)
+    if arguments.clock == "cpu" and (threads > 1 or device.type != "cpu"):
+        raise UserError("--clock cpu adds up the time of all threads and sees no GPU: use it with --threads 1 --device cpu")
     out: Path = arguments.out or Path("runs") / "bench" / time.strftime("%Y-%m-%d-%H%M%S")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}: name a folder that can be written to") from None
     command = shlex.join(["python", "bench/run.py", *argv])
     rows = measure(suites, options, out, command, arguments.profile)
     return int(any(row.metric == WHOLE and row.status == "failed" for row in rows))
@@ -161,16 +172,22 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--out", type=Path, help="folder for results.json, results.csv, plots and report.html (default: a new "
                        "one in runs/bench)")  # fmt: skip
     found.add_argument("--profile", action="store_true", help="also a torch profiler trace of the step, and where its time is")
-    found.add_argument("--threads", type=int, default=0, help="CPU threads (default: 2)")
-    found.add_argument("--rounds", type=int, default=0, help="measurements of each variant (default: the suite's own)")
+    found.add_argument("--threads", type=count, default=0, help="CPU threads (default: 2)")
+    found.add_argument("--rounds", type=count, default=0, help="measurements of each variant (default: the suite's own)")
     found.add_argument("--clock", default="wall", choices=["wall", "cpu"],
                        help="cpu: CPU time of this process, for --threads 1 on a busy machine")  # fmt: skip
     found.add_argument("--peers", nargs="*", default=["R1", "R2", "R3", "R4"], choices=["R1", "R2", "R3", "R4"],
                        help="step, rollout: whom to compare with")  # fmt: skip
-    found.add_argument("--kinds", nargs="*", default=["lora", "full"], choices=["lora", "full"], help="what trains")
-    found.add_argument("--ranks", nargs="+", type=int, default=[], metavar="N",
+    found.add_argument("--kinds", nargs="+", default=["lora", "full"], choices=["lora", "full"], help="what trains")
+    found.add_argument("--ranks", nargs="+", type=count, default=[], metavar="N",
                        help="zero: numbers of ranks (default: 2, on GPUs one each)")  # fmt: skip
     return found
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
 
 
 def suite(name: str) -> str:

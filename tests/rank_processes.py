@@ -10,10 +10,8 @@ import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,12 +57,12 @@ class Server:
 
     def ask(self, world: int, folder: Path) -> list[int]:
         """The exit codes of `world` ranks that run the cases in `folder`."""
+        from bench.forks import free_port
+
         assert self.process.stdin is not None and self.process.stdout is not None
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         try:
-            print(json.dumps({"world": world, "folder": str(folder), "port": str(port)}), file=self.process.stdin, flush=True)
+            order = {"world": world, "folder": str(folder), "port": free_port()}
+            print(json.dumps(order), file=self.process.stdin, flush=True)
             return json.loads(self.process.stdout.readline())
         except BaseException:
             self.end()
@@ -88,54 +86,16 @@ def serve() -> None:
     for name in [*PRELOAD, *ours, "safetensors.torch"]:
         importlib.import_module(name)
     gc.freeze()  # ZeRO-3 collects garbage at every start: half a second over all of torch's and transformers' objects
+    from bench.forks import fork, rank_environment, wait
+    from tests import ranks
+
     answers = os.dup(1)
     for line in sys.stdin:
         order = json.loads(line)
-        pids = [fork(order, rank) for rank in range(order["world"])]
+        folder, world = Path(order["folder"]), order["world"]
+        call = functools.partial(ranks.main, folder)
+        pids = [fork(call, rank_environment(rank, world, order["port"]), folder / f"{rank}.out") for rank in range(world)]
         os.write(answers, (json.dumps(wait(pids, 300)) + "\n").encode())
-
-
-def fork(order: dict[str, Any], rank: int) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        from tests import ranks
-
-        output = os.open(Path(order["folder"]) / f"{rank}.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        os.environ.update(WORLD_SIZE=str(order["world"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=order["port"],
-                          RANK=str(rank), LOCAL_RANK=str(rank))  # fmt: skip
-        ranks.main(Path(order["folder"]))
-        code = 0
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def wait(pids: list[int], seconds: float) -> list[int]:
-    """Exit codes; once one rank has failed, or the time is up, the others end soon."""
-    codes: dict[int, int] = {}
-    ends = time.monotonic() + seconds
-    while len(codes) < len(pids):
-        for pid in pids:
-            if pid not in codes:
-                found, status = os.waitpid(pid, os.WNOHANG)
-                if found:
-                    codes[pid] = os.waitstatus_to_exitcode(status)
-                    if codes[pid]:
-                        ends = min(ends, time.monotonic() + 5)
-                elif time.monotonic() > ends:
-                    os.kill(pid, signal.SIGKILL)
-        time.sleep(0.01)
-    return [codes[pid] for pid in pids]
 
 
 if __name__ == "__main__":

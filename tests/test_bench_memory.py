@@ -1,11 +1,13 @@
 """Suite `memory`: what it measures is what was allocated, and what it counts follows the depth."""
 
 import os
+import socket
 from dataclasses import replace
 
 import pytest
 import torch
 
+from bench import forks
 from bench.cases import cost, memory, room
 from bench.cases.workload import Workload
 from bench.results import Options, Row
@@ -70,6 +72,28 @@ def test_rows_of_the_suite(monkeypatch):
         assert planned == pytest.approx(measured, rel=0.4)
         assert value[f"full{end}@zimage", "planner", "planned_ratio"] == planned / measured
     assert all(row.status == "ok" and not row.note for row in rows.values())
+
+
+def test_the_suite_measures_in_a_process_of_its_own(monkeypatch):
+    """Whatever threads and process groups this one has; and it tells what it does."""
+    said: list[str] = []
+    monkeypatch.setattr(forks, "step", said.append)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for name, value in forks.rank_environment(0, 1, taken.getsockname()[1]).items():
+            monkeypatch.setenv(name, value)  # as a step that was measured before leaves them
+        rows = found(memory.measured_apart(tiny_options(kinds=("lora",), tour=True)))
+    assert all(row.status == "ok" for row in rows.values())
+    assert rows["lora@zimage", "ours", "peak_bytes"].value > rows["lora@recompute@zimage", "ours", "peak_bytes"].value > 0
+    assert said == ["memory: lora@zimage, R1", "memory: lora@zimage, ours", "memory: lora@recompute@zimage, ours"]
+
+
+def test_a_process_that_fails_says_why(tmp_path):
+    """With the last error that it wrote."""
+    assert forks.apart("bench.forks:free_port", [], tmp_path / "log", {}) == ""
+    lost = forks.apart("bench.cases.memory:lead", ["{}", "nowhere"], tmp_path / "log", {})
+    assert lost == "its process ended with 1: KeyError: 'peers'"
 
 
 def test_what_stays_is_weights_moments_and_average():

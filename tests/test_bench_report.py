@@ -52,7 +52,7 @@ def made_up() -> list[Row]:
         rows.append(Row("memory", kind, "R1", "peak_bytes", 24.75e9, "B"))
         rows.append(Row("memory", kind, "planner", "planned_bytes", 20.5e9, "B"))
         rows.append(Row("memory", f"{kind}/R1", "ours", "peak_ratio", 19.2 / 24.75, "x"))
-        rows.append(Row("memory", f"{kind}@full_size", "ours", "activation_bytes", 15.5e9, "B"))
+        rows.append(Row("memory", f"{kind}@full_size", "ours", "peak_bytes", 31.0e9, "B"))
         rows.append(Row("zero", kind, "ours", "gathers_per_step", 2.0, ""))
         rows.append(Row("zero", kind, "plain", "gathers_per_step", 16.0, ""))
         rows.append(Row("cost", kind, "ours", "launches_per_step", 5500.0, ""))

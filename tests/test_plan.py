@@ -12,11 +12,10 @@ import gc
 import importlib
 import json
 import os
-import socket
 import subprocess
 import sys
-import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,30 +159,15 @@ def main(folder: Path) -> int:
     """Every rank is a fork of this process, which has the libraries loaded. The number of ranks that failed."""
     for library in ("deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2", "peft"):
         importlib.import_module(library)
+    from bench.forks import fork, free_port, rank_environment, wait
+
     RandomZImage().meta_transformer()
     gc.freeze()  # ZeRO-3 collects garbage at every start
     failed = 0
     for ranks in CASES:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        children = []
-        for rank in range(ranks):
-            child = os.fork()
-            if not child:
-                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
-                                  MASTER_PORT=str(port))  # fmt: skip
-                code = 1
-                try:
-                    rank_of(ranks, folder)
-                    code = 0
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    sys.stderr.flush()
-                    os._exit(code)
-            children.append(child)
-        failed += sum(os.waitpid(child, 0)[1] != 0 for child in children)
+        port = free_port()
+        children = [fork(partial(rank_of, ranks, folder), rank_environment(rank, ranks, port)) for rank in range(ranks)]
+        failed += sum(code != 0 for code in wait(children, 600))
     return failed
 
 

@@ -263,7 +263,7 @@ def examine(build: Callable[[str, Workload], Any], kind: str, work: Workload) ->
     try:
         program.step()
         note = program.fell_back()
-        held = sum(size for key, size in tensors(device).items() if key not in before)
+        held = sum(storage.nbytes() for key, storage in tensors(device).items() if key not in before)
         step = Memory(device)
         program.step()
         growth = step.growth()
@@ -275,14 +275,14 @@ def examine(build: Callable[[str, Workload], Any], kind: str, work: Workload) ->
             torch.cuda.empty_cache()
 
 
-def tensors(device: torch.device) -> dict[int, int]:
-    """Storage -> bytes, of all tensors that there are on `device`."""
+def tensors(device: torch.device) -> dict[int, Any]:
+    """Address -> storage, of all tensors that there are on `device`. What holds the storages keeps their addresses taken."""
     gc.collect()
     found = {}
     for one in gc.get_objects():
         if issubclass(type(one), torch.Tensor) and one.device.type == device.type and one.layout == torch.strided:
             storage = one.untyped_storage()
-            found[storage._cdata] = storage.nbytes()
+            found[storage._cdata] = storage
     return found
 
 
