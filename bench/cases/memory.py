@@ -52,7 +52,8 @@ from bench.results import Options, Row, Status, failed
 from bench.show import step as say
 from bench.show import tell_parent
 from dopsd_fast.memory_moments import Machine
-from dopsd_fast.memory_trace import LiveBytes, Shapes, measure, on_meta, published_family
+from dopsd_fast.memory_trace import LiveBytes, Shapes, on_meta, published_family
+from dopsd_fast.memory_trace import measure as trace
 from dopsd_fast.plan import make_plan
 from dopsd_fast.settings import Settings
 
@@ -68,18 +69,23 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 
 
 def run(options: Options) -> list[Row]:
-    rows = measured_apart(options) if options.device.type == "cpu" else measure_all(options)
+    return list(measure(options))
+
+
+def measure(options: Options) -> Iterator[Row]:
+    """Rows as they are found."""
+    yield from measured_apart(options) if options.device.type == "cpu" else measured_all(options)
     for kind in options.kinds:
-        rows += counted(kind, options)
-    return rows
+        yield from counted(kind, options)
 
 
-def measure_all(options: Options) -> list[Row]:
-    return [row for kind in options.kinds for row in measured(kind, options)]
+def measured_all(options: Options) -> Iterator[Row]:
+    for kind in options.kinds:
+        yield from measured(kind, options)
 
 
 def measured_apart(options: Options) -> list[Row]:
-    """`measure_all` in a process of its own, whose forks inherit no threads and process groups of other suites.
+    """`measured_all` in a process of its own, whose forks inherit no threads and process groups of other suites.
     RuntimeError: it failed as a whole."""
     work = asdict(options) | {"device": str(options.device), "threads": 1}
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +103,7 @@ def lead(work: str, out: str) -> None:
     several = {name: tuple(found[name]) for name in ("peers", "kinds", "ranks")}
     options = Options(**{**found, **several, "device": torch.device(found["device"])})
     torch.set_num_threads(1)
-    Path(out).write_text(json.dumps([asdict(row) for row in measure_all(options)]))
+    Path(out).write_text(json.dumps([asdict(row) for row in measured_all(options)]))
 
 
 def ends_of(options: Options) -> dict[str, str]:
@@ -360,7 +366,7 @@ def full_size(kind: str, activations: str) -> tuple[Settings, Any, Shapes]:
 
 def our_bytes(kind: str, activations: str) -> int:
     settings, family, shapes = full_size(kind, activations)
-    return measure(family, settings, shapes, None).peak
+    return trace(family, settings, shapes, None).peak
 
 
 def our_peak(kind: str, activations: str) -> int:
