@@ -1,10 +1,11 @@
-"""`python bench/full_size.py --out DIR`: Z-Image at full size on a lent GPU, in at most ten minutes, with random weights.
+"""`python bench/full_size.py --out DIR`: Z-Image at full size on one GPU, in at most ten minutes, with random weights.
 
 Parts in order of importance, each in a process of its own: correctness in bf16, the LoRA step against R1 and R4, the kernels,
 full fine-tuning against R1 and R4, rollout, forward, optimizer, memory, then the steps' peers R2 and R3. A part whose time is
 up is stopped, one that no longer fits is left out, and a row says so; a part that brings the GPU's context down takes no other
 with it. After every part DIR holds results.json and results.csv with all rows so far; log.txt has what the parts said,
-report.html comes last. A second call with --parts and the same DIR adds to it.
+report.html comes last. A second call with --parts and the same DIR adds to it: of a row that both have, the one with more
+measurements stays.
 
 What it needs: torch, Triton, diffusers, transformers, peft, pydantic, numpy, Pillow, rich; without one of them most parts fail,
 and say so. DeepSpeed is used if it is there (else its part at stage 0 is done here, and rows say "fallback"), so is flash-attn;
@@ -20,6 +21,7 @@ and there, in a copy of this repository:
     export PYTHONPATH=/tmp/site
     python bench/full_size.py --out out
     python bench/full_size.py --out out --parts lora_rest full_rest      # in a second turn: what was left out
+    python bench/full_size.py --out out --parts lora --rounds 20         # the headline with as many rounds as it deserves
 """
 
 from __future__ import annotations
@@ -242,10 +244,10 @@ def save(file: Path, rows: Iterable[Row]) -> None:
 
 
 def merged(rows: Iterable[Row], more: Iterable[Row]) -> list[Row]:
-    """One row of each key: the first that did not fail, or else the last."""
+    """One row of each key: the first of those with most measurements, a failed one only if there is no other."""
     found: dict[Any, Row] = {}
     for row in (*rows, *more):
-        if row.key not in found or found[row.key].status == "failed":
+        if row.key not in found or found[row.key].status == "failed" or found[row.key].n < row.n:
             found[row.key] = row
     return list(found.values())
 

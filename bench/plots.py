@@ -296,7 +296,7 @@ def memory(rows: Sequence[Row], environment: Mapping[str, Any]) -> Any:
 
 def memory_full_size(rows: Sequence[Row], environment: Mapping[str, Any]) -> Any:
     found = [row for row in rows if row.suite == "memory" and row.metric == "peak_bytes" and FULL_SIZE in row.case]
-    return amounts("Peak memory of a full-size step, counted; R1 with its encoders, R2 without", found)
+    return amounts("Peak memory of a full-size step, counted", found)
 
 
 def amounts(title: str, rows: Sequence[Row], planned: Mapping[str, float] | None = None) -> Any:

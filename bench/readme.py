@@ -32,6 +32,7 @@ COUNTED = {
     "saved_bytes_per_token_block": "bytes saved for backward, a token and block",
     "gemm_tflop_per_step": "products",
 }
+PICTURE = "plots/ratios.png"
 Found = Mapping[tuple[str, str, str, str], Row]
 
 
@@ -96,6 +97,8 @@ def tables(folder: Path) -> list[str]:
     if parts:
         commit = str(facts.get("commit") or "unknown")[:9]
         parts.append(f"(`bench/results/{folder.name}`, commit {commit}, torch {facts.get('torch')}.)\n")
+        if (folder / PICTURE).exists():
+            parts.append(f"![how much faster ours is than each peer](bench/results/{folder.name}/{PICTURE})\n")
     return parts
 
 

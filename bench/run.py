@@ -107,7 +107,7 @@ def bench(argv: list[str]) -> int:
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}: name a folder that can be written to") from None
-    command = shlex.join(["python", "bench/run.py", *argv])
+    command = shlex.join(["python", "bench/run.py", *repeated(argv)])
     rows = measure(suites, options, out, command, arguments.profile)
     return int(any(row.metric == WHOLE and row.status == "failed" for row in rows))
 
@@ -181,6 +181,17 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--kinds", nargs="+", default=["lora", "full"], choices=["lora", "full"], help="what trains")
     found.add_argument("--ranks", nargs="+", type=count, default=[], metavar="N",
                        help="zero: numbers of ranks (default: 2, on GPUs one each)")  # fmt: skip
+    return found
+
+
+def repeated(argv: Sequence[str]) -> list[str]:
+    """The arguments without --out, which concerns nobody else."""
+    found, words = [], iter(argv)
+    for word in words:
+        if word == "--out":
+            next(words, None)
+        elif not word.startswith("--out="):
+            found.append(word)
     return found
 
 

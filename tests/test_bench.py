@@ -112,6 +112,7 @@ def test_the_runner_end_to_end(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     facts, rows = results.read_results(tmp_path)
     assert facts["command"].startswith("python bench/run.py rollout optimizer --quick") and facts["tour"] is False
+    assert str(tmp_path) not in facts["command"]
     assert facts["quick"] is True and facts["threads"] == 1 and facts["model"].endswith("zimage") and facts["seconds"] > 0
     for row in rows:
         assert row.status == "ok" and isinstance(row.value, NUMBERS) and math.isfinite(row.value), row

@@ -295,7 +295,7 @@ def test_the_floor_counts_every_product_once():
     floor.run()
 
 
-# ---- the whole set on a lent GPU -------------------------------------------------------------------------------------
+# ---- the whole set on one GPU ----------------------------------------------------------------------------------------
 
 
 def test_errors_beside_eagers():
@@ -338,6 +338,8 @@ def test_rows_of_several_parts_become_one_set():
     rows = full_size.merged([row("ours", 1.0), lost], [row("ours", 2.0), row("R2", 3.0)])
     assert [(one.variant, one.value) for one in rows] == [("ours", 1.0), ("R2", 3.0)]
     assert full_size.merged(rows, [lost]) == rows
+    often = replace(row("ours", 4.0), n=20)
+    assert full_size.merged(rows, [often]) == [often, rows[1]] == full_size.merged([often], rows)
 
 
 def test_numbers_that_are_none_are_failures():

@@ -171,3 +171,16 @@ def test_targets_per_token(ours, kind):
 def test_rows_have_the_promised_names(ours):
     names = {name for name, _, _ in cost.metrics(ours["lora"], SMALL)}
     assert {target.metric for target in cost.TARGETS} | {"gemm_tflop_per_step"} <= names
+
+
+@pytest.mark.parametrize(("kind", "checkpointing"), [("lora", True), ("full", False)])
+def test_the_published_step_continued_to_a_depth_is_the_one_traced_there(kind, checkpointing):
+    size = cost.Size(layers=5, states=2)
+    continued, update = cost.extrapolated(kind, size, checkpointing), cost.trace_update(kind, size)
+    for key, value in update.costs.items():
+        continued.costs[key] += value
+    whole = cost.trace_reference(kind, size, checkpointing)
+    assert {key: value for key, value in continued.costs.items() if value != Cost()} == {
+        key: value for key, value in whole.costs.items() if value != Cost()
+    }
+    assert dict(continued.saved) == dict(whole.saved)

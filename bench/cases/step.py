@@ -232,7 +232,7 @@ class Measurement:
 
     def interleaved(self, calls: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
         rounds = self.options.repeats(20 if self.standard else 8, 5 if self.cuda else 3)
-        warmup = 1 if self.options.quick or self.options.tour else 3
+        warmup = 1 if self.options.quick or self.options.tour else 5 if self.cuda else 3
         return interleaved(calls, rounds, warmup, self.options.device, self.options.clock)
 
     def build(self, name: str, alive: dict[str, Any]) -> Iterator[Row]:
