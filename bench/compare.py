@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("b", metavar="B", type=Path, help="the same, after")
     parser.add_argument("--threshold", type=float, default=THRESHOLD, metavar="PERCENT",
                         help="smallest change of a time or a speed that counts (default: 5)")  # fmt: skip
-    parser.add_argument("--all", action="store_true", help="show also what is the same")
+    parser.add_argument("--all", action="store_true", help="show also what is the same or in one of them only")
     arguments = parser.parse_args(argv)
     return compare(arguments.a, arguments.b, arguments.threshold, arguments.all)
 
@@ -81,7 +81,7 @@ def compare(a: Path, b: Path, threshold: float = THRESHOLD, everything: bool = F
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     console.print(f"A: {a}\nB: {b}", markup=False)
     console.print(versions(facts_a, facts_b))
-    shown = [change for change in changes if everything or change.verdict != "same"]
+    shown = [change for change in changes if everything or change.verdict not in ("same", *ONLY)]
     if shown:
         console.print(table(shown))
     console.print(summary(changes, threshold), style="bold", markup=False, soft_wrap=True)

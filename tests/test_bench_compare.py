@@ -99,9 +99,10 @@ def test_the_table_and_the_exit_code(tmp_path, capsys):
     last = out.splitlines()[-1]
     assert last == ("ours, beyond 5 % and the spread: 1 slower, 1 faster, 7 same, 1 only in A, 1 only in B; of peers and "
                     "ceilings 1 changed")  # fmt: skip
-    assert "launches" not in out
+    assert "launches" not in out and "lora@K8" not in out
     compare(a, b, 5.0, everything=True)
-    assert "launches" in capsys.readouterr().out
+    everything = capsys.readouterr().out
+    assert "launches" in everything and "lora@K8" in everything
 
 
 @pytest.mark.parametrize(("rows", "code"), [
