@@ -42,7 +42,9 @@ PROGRAM = ("commit", "python", "torch", "triton", "diffusers", "transformers", "
 """Facts that are compared, and printed first."""
 PEER = re.compile(r"(R\d|eager|compiled|diffusers|plain|torch|copy|gemm|floor|encoders|exact|planner)")
 """How the variants begin that are not our program."""
-NEUTRAL = re.compile(r"(suite|part)_seconds|profiler_overhead|share_.*|encoders_share|floor_share|break_even_steps|planned_ratio")
+NEUTRAL = re.compile(
+    r"(suite|part)_seconds|profiler_overhead|share_.*|encoders_share|floor_share|break_even_steps|planned_ratio"
+)
 """Metrics that say nothing about better or worse by themselves."""
 HIGHER = re.compile(r"speedup|per_second|ceiling_share|mfu")
 ERROR = re.compile(r"error|one_minus_cosine|difference")
