@@ -47,19 +47,38 @@ class Known:
         return ""
 
 
-def known(out: str) -> None:
+def examine(out: str) -> None:
     """In a process of its own, as the suite measures: this one's heap has room that would not count."""
     torch.set_num_threads(1)
     work = Workload(tiny_options())
-    Path(out).write_text(json.dumps([memory.in_turn(Known, "lora", work) for _ in range(2)]))
+    found = [memory.in_turn(Known, "lora", work) for _ in range(2)]
+    Path(out).write_text(json.dumps([*found, memory.in_turn(memory.PEERS["R1"], "full", work)]))
 
 
-def test_the_peak_is_what_was_allocated(tmp_path):
+@pytest.fixture(scope="module")
+def examined(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("examined")
+    assert forks.apart(f"{__name__}:examine", [str(folder / "out")], folder / "log", {}) == ""
+    return json.loads((folder / "out").read_text())
+
+
+def test_the_peak_is_what_was_allocated(examined):
     """Some pages of the process itself come to it; a fork leaves nothing behind."""
-    lost = forks.apart("tests.test_bench_memory:known", [str(tmp_path / "out")], tmp_path / "log", {})
-    assert lost == ""
-    for peak, growth, note in json.loads((tmp_path / "out").read_text()):
+    for peak, growth, note in examined[:2]:
         assert growth == pytest.approx(40 * MB, abs=2 * MB) and peak - growth == 24 * MB and note == ""
+
+
+def test_what_stays_is_weights_moments_and_average(examined):
+    """Full: R1 has its model, the teacher, two moments and the average, five fp32 numbers a parameter."""
+    peak, growth, _ = examined[2]
+    assert peak - growth == pytest.approx(5 * 4 * Workload(tiny_options()).parameters, rel=0.02)
+
+
+def test_no_fork_of_a_process_that_has_a_process_group(monkeypatch):
+    """It would wait for itself."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(memory.Lost, match="has a process group"):
+        memory.in_turn(Known, "lora", Workload(tiny_options()))
 
 
 def lead(work: str, out: str) -> None:
@@ -68,10 +87,15 @@ def lead(work: str, out: str) -> None:
     memory.lead(work, out)
 
 
-def test_rows_of_the_suite(monkeypatch):
+def led_by(name: str, monkeypatch, options: Options) -> list[Row]:
+    """The suite's rows, with a function of this module in place of its `lead`."""
     apart = forks.apart
-    monkeypatch.setattr(forks, "apart", lambda _, *rest: apart("tests.test_bench_memory:lead", *rest))
-    rows = found(memory.measured_apart(tiny_options(kinds=("full",))))
+    monkeypatch.setattr(forks, "apart", lambda _, *rest: apart(f"{__name__}:{name}", *rest))
+    return memory.measured_apart(options)
+
+
+def test_rows_of_the_suite(monkeypatch):
+    rows = found(led_by("lead", monkeypatch, tiny_options(kinds=("full",))))
     value = {key: row.value for key, row in rows.items()}
     names = [("", "R1"), ("", "R2_uncheckpointed"), ("", "R4"), ("", "ours"), ("@selective", "ours"), ("@recompute", "ours")]
     for end, name in names:
@@ -112,25 +136,23 @@ def test_a_process_that_fails_says_why(tmp_path):
     assert lost == "its process ended with 1: KeyError: 'peers'"
 
 
-def test_what_stays_is_weights_moments_and_average():
-    """Full: R1 has its model, the teacher, two moments and the average, five fp32 numbers a parameter."""
-    options = tiny_options()
-    peak, growth, _ = memory.in_turn(memory.PEERS["R1"], "full", Workload(options))
-    assert peak - growth == pytest.approx(5 * 4 * Workload(options).parameters, rel=0.02)
+def unable(kind, work):
+    raise MemoryError("no room for it")
+
+
+class Killed(Known):
+    def step(self):
+        os.kill(os.getpid(), 9)
+
+
+def lead_with_failures(work: str, out: str) -> None:
+    memory.PEERS.update(R1=unable, R2_uncheckpointed=Killed, R4=Known)
+    memory.lead(work, out)
 
 
 def test_a_variant_that_cannot_run_leaves_rows_and_the_others_go_on(monkeypatch):
     """An error in the fork, and a fork that is killed."""
-
-    def unable(kind, work):
-        raise MemoryError("no room for it")
-
-    class Killed(Known):
-        def step(self):
-            os.kill(os.getpid(), 9)
-
-    monkeypatch.setattr(memory, "PEERS", {"R1": unable, "R2_uncheckpointed": Killed, "R4": Known})
-    rows = found(memory.measured("lora", replace(tiny_options(), tour=False)))
+    rows = found(led_by("lead_with_failures", monkeypatch, tiny_options(kinds=("lora",))))
     lost, killed = (rows["lora@zimage", name, "peak_bytes"] for name in ("R1", "R2_uncheckpointed"))
     assert (lost.status, lost.value) == ("failed", None) and lost.note == "MemoryError: no room for it"
     assert killed.status == "failed" and killed.note == "the fork ended with -9"

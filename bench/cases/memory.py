@@ -219,6 +219,8 @@ def in_turn(build: Callable[[str, Workload], Any], kind: str, work: Workload) ->
     """(peak, of that the step's own, what fell back) of a step. Lost: it failed in its fork."""
     if work.model.device.type == "cuda":
         return examine(build, kind, work)
+    if torch.distributed.is_initialized():
+        raise Lost("this process has a process group, in which a fork would wait for ever: see measured_apart")
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
 
