@@ -4,6 +4,7 @@ a fork inherits neither threads nor the other side of a process group, and waits
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import socket
@@ -53,9 +54,16 @@ def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """One that nobody has now. Below those that the system gives to connections (Linux: from 32768), which could take it before
+    its user does."""
+    while True:
+        port = random.SystemRandom().randrange(15000, 32000)
+        with socket.socket() as free:
+            try:
+                free.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def fork(call: Callable[[], Any], environment: Mapping[str, str], log: Path | None = None) -> int:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import socket
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -44,10 +43,8 @@ def init_distributed(timeout: timedelta = timedelta(hours=1)) -> Ranks:
     """Joins the process group that the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*) describes, or
     starts a group of one. A second call only reports."""
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        # Port 0: the store listens on one that is free at that moment.
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     os.environ.setdefault("LOCAL_RANK", "0")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better

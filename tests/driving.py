@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 
 from PIL import Image
 
+from bench.forks import free_port
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -256,12 +256,6 @@ def data() -> Path:
 
 
 # ---- machinery ---------------------------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def _environment() -> dict[str, str]:

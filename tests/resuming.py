@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
+from bench.forks import free_port  # noqa: E402
 from dopsd_fast import checkpoints  # noqa: E402
 from tests import ranks  # noqa: E402
 
@@ -84,10 +84,7 @@ def main(folder: Path, phases: list[tuple[str, int]]) -> int:
 
     ranks.train_and_save, ranks.load_and_save = train_and_save, load_and_save
     for name, world in phases:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        children = []
+        port, children = str(free_port()), []
         for rank in range(world):
             child = os.fork()
             if child == 0:
