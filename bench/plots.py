@@ -440,5 +440,6 @@ SHOWN_IN = {
     "breakdown": "step", "memory": "memory", "memory_full_size": "memory", "kernels": "kernels", "roofline": "kernels",
     "zero": "zero", "cost": "cost", "reproduce_curves": "reproduce", "reproduce_teachers": "reproduce",
     "reproduce_grid_target": "reproduce", "reproduce_grid_original": "reproduce",
+    "reproduce_grid_ablations_target": "reproduce", "reproduce_grid_ablations_original": "reproduce",
 }  # fmt: skip
 """Plot -> the suite that it illustrates; the others are of several."""

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.reproduce.arms import MAIN, START
-from bench.reproduce.paper import markdown, verdicts
+from bench.reproduce import paper
+from bench.reproduce.arms import ABLATIONS, MAIN, OURS, START
 from bench.results import ROOT, Row, read_results
 from bench.show import digits, read
 from dopsd_fast.errors import UserError
@@ -95,14 +95,22 @@ def newest(results: Path, of_reproduce: bool = False) -> list[Path]:
 
 
 def reproduced(folder: Path) -> list[str]:
-    """The table of the methods and the verdicts on the claims, in Markdown."""
+    """The methods, the verdicts on the claims, a grid, and what there is of ablations and customisation, in Markdown."""
     facts, rows = read_results(folder)
-    lines = markdown({row.key: row for row in rows}, [START, *(arm.name for arm in MAIN)])
+    found, measured = {row.key: row for row in rows}, {row.variant for row in rows if "_steps" in row.case}
     commit = str(facts.get("commit") or "unknown")[:9]
     where = f"`bench/results/{folder.name}`, commit {commit}; 95 % intervals; {subject(facts)}"
-    parts = ["\n".join([*lines, ""]), f"Claims {'; '.join(verdicts(rows))}. ({where}.)\n"]
+    lines = paper.markdown(found, [START, *(arm.name for arm in MAIN)], paper.FULL, paper.COLUMNS)
+    parts = ["\n".join([*lines, ""]), f"Claims {'; '.join(paper.verdicts(rows))}. ({where}.)\n"]
     if (folder / GRID).exists():
         parts.append(f"![the same captions by every method](bench/results/{folder.name}/{GRID})\n")
+    few = [arm.name for arm in ABLATIONS if arm.data == "few" and arm.name in measured]
+    others = [arm.name for arm in ABLATIONS if arm.data != "few" and arm.name in measured]
+    if few:
+        lines = paper.markdown(found, [START, *few], paper.CUSTOM, paper.OF_CUSTOM)
+        parts.append("\n".join(["A low-rank adapter on four images of the style, without anchors:\n", *lines, ""]))
+    if others:
+        parts.append("\n".join(["D-OPSD changed in one thing:\n", *paper.markdown(found, [OURS, *others]), ""]))
     return parts
 
 

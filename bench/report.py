@@ -69,6 +69,8 @@ ALT = {
     "memory_full_size": "peak memory of a full-size step", "kernels": "speedup of each op", "roofline": "roofline of each op",
     "reproduce_curves": "measures over optimizer steps, by method", "reproduce_teachers": "the same by teacher",
     "reproduce_grid_target": "pictures of the target style by method", "reproduce_grid_original": "of the original domain",
+    "reproduce_grid_ablations_target": "pictures of the target style by ablation",
+    "reproduce_grid_ablations_original": "of the original domain by ablation",
     "zero": "whole-model gathers a step", "cost": "counts of a full-size step against their targets",
 }  # fmt: skip
 

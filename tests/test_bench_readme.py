@@ -58,9 +58,16 @@ def test_the_table_of_the_comparison(tmp_path):
     assert [path.name for path in readme.newest(tmp_path)] == ["2026-01-01-cpu"]
     text = f"{readme.BEGIN}\n{readme.END}\n{readme.REPRODUCED[0]}\n{readme.REPRODUCED[1]}\n"
     found = readme.whole(text, tmp_path)
-    assert "| SFT |  | 0.700 (0.650..0.750) |  |  |  | 82.2 | 0.1896 | 0.159 |" in found and "| D-OPSD |  | 0.400" in found
+    assert "| paper: FID | DINO dist. | Quality | Aesthetic | GenEval | DPG |\n" in found and "| D-OPSD |  | 0.400" in found
+    assert "| SFT |  | 0.700 (0.650..0.750) |  |  |  | 82.2 | 0.1896 | 2.61 | 2.49 | 0.159 | 70 |" in found
     assert "Claims supported: `a`; contradicted: `b`." in found and "training step over" in found
     assert readme.whole(found, tmp_path) == found
+    assert "four images" not in found and "changed in one thing" not in found
+    more = [replace(rows[0], variant=arm, value=0.5, low=0.4, high=0.6) for arm in ("custom_pso", "weight_mu")]
+    write_results(tmp_path / "2026-02-01-reproduce", FACTS, [*rows, *more])
+    _, custom, ablations = readme.whole(text, tmp_path).split("| 4 steps a picture unless said |")[1:]
+    assert "| start |" in custom and "| 4 images, LoRA: PSO |  | 0.500 (0.400..0.600) |  |  |  | 0.057 |  |" in custom
+    assert "| D-OPSD |" in ablations and "| weight mu |  | 0.500" in ablations and "PSO" not in ablations
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

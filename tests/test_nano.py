@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dopsd_fast.errors import UserError
 from dopsd_fast.families import open_family
 from dopsd_fast.nano import build, check, measure, models, stages, world
 from dopsd_fast.settings import Settings
@@ -20,6 +21,18 @@ def test_a_scene_is_a_function_of_its_seed():
         scenes = world.sample_scenes(domain, 8, seed=3)
         assert scenes == world.sample_scenes(domain, 8, seed=3) != world.sample_scenes(domain, 8, seed=4)
         assert np.array_equal(world.render(scenes), world.render(scenes))
+
+
+def test_scenes_without_captions_that_are_known():
+    known = {world.caption(scene) for scene in world.sample_scenes("target", 64, seed=3)}
+    others = world.sample_scenes("target", 64, seed=4, without=known)
+    assert len(others) == 64 and not known & {world.caption(scene) for scene in others}
+    some = [scene for scene in world.sample_scenes("target", 96, seed=4) if world.caption(scene) not in known]
+    assert others[: len(some)] == some[:64]
+    every = {world.caption(scene) for scene in world.sample_scenes("target", 5000, seed=3)}
+    with pytest.raises(UserError, match="target domain"):
+        world.sample_scenes("target", 1, seed=4, without=every)
+    assert world.sample_scenes("wild", 0, seed=4) == []
 
 
 def test_the_target_style_is_held_out():

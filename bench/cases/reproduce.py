@@ -12,7 +12,8 @@ arm. On the embedded pipeline:
 With --eval the metrics of `bench.reproduce.perceptual`; what has no model there is a failed row that says so. On both:
 
     ..._minus_start   the measure minus the start's, paired
-    learning_rate, score_at_RATE    what the search chose, and what each rate scored on validation prompts
+    learning_rate, score_at_RATE    what the search chose, and what each rate scored on validation prompts; the two best rates
+                                    are tried with a second seed, too, and the mean decides
     paper_...         what the paper reports, for reading beside it
     seconds_per_step  of the training process, with as many others beside it as there were workers
 
@@ -38,7 +39,7 @@ from bench.reproduce.curves import EAGER
 from bench.reproduce.full_pictures import MEASURES as MEASURED
 from bench.reproduce.full_pictures import held_out, probes_of
 from bench.reproduce.perceptual import Metrics
-from bench.reproduce.pictures import DOMAINS, FEW, KEPT, MANY, sample
+from bench.reproduce.pictures import CURVE, DOMAINS, FEW, KEPT, MANY, sample
 from bench.reproduce.resampling import Draws, Key, Sample, interval
 from bench.reproduce.runs import Plan
 from bench.reproduce.subjects import Embedded, Given
@@ -156,14 +157,15 @@ def resampled(case: str, arm: str, metric: str, values: np.ndarray, seeds: int) 
 def training(plan: Plan, arms: Sequence[Arm]) -> Iterator[Row]:
     for (arm, seed), why in plan.lost.items():
         yield failed("reproduce", f"seed_{seed}", arm, "trained", "", why)
-    for name, scores in plan.scores.items():
-        if name in plan.rates:
-            yield Row("reproduce", "search", name, "learning_rate", plan.rates[name], "")
-        for rate, score in sorted(scores.items()):
-            if np.isfinite(score):
-                yield Row("reproduce", "search", name, f"score_at_{rate:g}", score, "")
-            else:
-                yield failed("reproduce", "search", name, f"score_at_{rate:g}", "", "the run did not come to its end")
+    for case, scored in (("search", plan.scores), ("search@second_seed", plan.second)):
+        for name, scores in scored.items():
+            if name in plan.rates and case == "search":
+                yield Row("reproduce", case, name, "learning_rate", plan.rates[name], "")
+            for rate, score in sorted(scores.items()):
+                if np.isfinite(score):
+                    yield Row("reproduce", case, name, f"score_at_{rate:g}", score, "")
+                else:
+                    yield failed("reproduce", case, name, f"score_at_{rate:g}", "", "the run did not come to its end")
     curves = {arm.name: list(curves_of(plan, arm)) for arm in (Arm(START, START), *arms)}
     for name, found in curves.items():
         yield from curve_rows(name, found)
@@ -178,11 +180,14 @@ def training(plan: Plan, arms: Sequence[Arm]) -> Iterator[Row]:
 
 
 def curves_of(plan: Plan, arm: Arm) -> Iterator[list[dict]]:
-    """One a seed: [{"step", "target": {metric: value}, "original": {...}}]."""
+    """One a seed: [{"step", "target": {metric: value}, "original": {...}}], the start's point first."""
+    start: list[dict] = []
     for name, rate, seed in places(plan, [] if arm.name == START else [arm]):
-        file = plan.drawn(name, rate, seed) / "curve.json"
-        if name == arm.name and file.exists():
-            yield json.loads(file.read_text())
+        file = plan.drawn(name, rate, seed) / CURVE
+        points = json.loads(file.read_text()) if file.exists() else []
+        start = points if name == START else start
+        if name == arm.name and points:
+            yield points if name == START else [*start, *points]
 
 
 def curve_rows(name: str, found: Sequence[list[dict]]) -> Iterator[Row]:

@@ -58,6 +58,7 @@ ABLATIONS = (
     Arm("custom_sft", "4 images, LoRA: SFT", (*SFT, *LORA), data="few"),
     Arm("custom_pso", "4 images, LoRA: PSO", (*PSO, *LORA), data="few"),
     Arm("custom_dopsd", "4 images, LoRA: D-OPSD", LORA, data="few"),
+    Arm("custom_off_policy", "4 images, LoRA: off-policy", ("method.states=off_policy", *LORA), "custom_dopsd", data="few"),
 )
 NAMES = {arm.name: arm.says for arm in (Arm(START, "start"), *MAIN, *ABLATIONS)}
 
@@ -102,3 +103,9 @@ def best_rate(scores: dict[float, float]) -> float | None:
     """That of the lowest finite score; None: there is none."""
     finite = {rate: score for rate, score in scores.items() if math.isfinite(score)}
     return min(finite, key=lambda rate: finite[rate], default=None)
+
+
+def finalists(scores: dict[float, float]) -> list[float]:
+    """The two rates of the lowest finite scores, which a second seed decides between. Fewer: there is nothing to decide."""
+    finite = sorted((rate for rate in scores if math.isfinite(scores[rate])), key=lambda rate: scores[rate])
+    return finite[:2] if len(finite) > 1 else []

@@ -1,15 +1,16 @@
-"""Grids of prompts x methods, as the paper's Fig. 3 and 4: `plots/reproduce_grid_target.png` and `..._original.png`."""
+"""Grids of prompts x methods, as the paper's Fig. 3 and 4: `plots/reproduce_grid_DOMAIN.png`, and
+`reproduce_grid_ablations_DOMAIN.png` of the ablations."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from bench.reproduce.arms import NAMES, OURS, START, Arm
-from bench.reproduce.pictures import DOMAINS, FEW, MANY, TEST_SEED, scenes_of
+from bench.reproduce.arms import ABLATIONS, NAMES, OURS, START, Arm
+from bench.reproduce.pictures import DOMAINS, FEW, KEPT, MANY, TEST_SEED, scenes_of
 from bench.reproduce.runs import Plan
 from dopsd_fast.nano import world
 from dopsd_fast.nano.measure import to_pictures
@@ -18,48 +19,65 @@ from dopsd_fast.telemetry import compose
 
 SHOWN = 6
 SIDE = 112
-GRIDS = "reproduce_grid_{}"
+GRID, GRID_OF_ABLATIONS = "reproduce_grid_{}", "reproduce_grid_ablations_{}"
+Row = tuple[str, Sequence[Image.Image]]
+Kept = Callable[[Path, str, int], Sequence[Image.Image]]
+BOTH = (START, "sft", OURS)
+"""Shown at both step counts: what the few steps cost them is the point."""
 
 
 def embedded(plan: Plan, arms: Sequence[Arm], out: Path) -> list[Path]:
-    """plots/reproduce_grid_DOMAIN.png: a row for each method and step count, from the first seed; the same caption and noise in
-    a column."""
+    """A row for each method and step count, from the first seed; the same caption and noise in a column."""
+
+    def kept(folder: Path, domain: str, steps: int) -> list[Image.Image]:
+        if not (folder / KEPT).exists():
+            return []
+        with np.load(folder / KEPT) as found:
+            return [Image.fromarray(one) for one in found[f"{domain}@{steps}"][:SHOWN]]
+
     made = []
     for domain in DOMAINS:
         scenes = scenes_of(domain, SHOWN, TEST_SEED)
-        table = [("exact render", images(to_pictures(world.render(scenes))))]
-        for name, rate in ((START, 0.0), *((arm.name, plan.rates.get(arm.rate_from)) for arm in arms)):
-            file = plan.drawn(name, rate, 0) / "pictures.npz" if rate is not None else None
-            if file is None or not file.exists():
-                continue
-            with np.load(file) as kept:
-                for steps in (FEW, MANY):
-                    pictures = [Image.fromarray(one) for one in kept[f"{domain}@{steps}"][:SHOWN]]
-                    if steps == FEW or name in (START, "sft", OURS):
-                        table.append((f"{NAMES.get(name, name)}, {steps} steps", pictures))
         heads = [f"{scene.size} {scene.colour} {scene.shape}" for scene in scenes]
-        made.append(saved(out, domain, heads, table, SIDE))
+        exact = ("exact render", images(to_pictures(world.render(scenes))))
+        for name, rows in grids(plan, arms, domain, FEW, kept):
+            made.append(saved(out, name, heads, [exact, *rows], SIDE))
     return made
 
 
 def given(plan: Plan, arms: Sequence[Arm], out: Path, few: int) -> list[Path]:
     """The same of a user's own model, from the pictures that were kept."""
+
+    def kept(folder: Path, domain: str, steps: int) -> list[Image.Image]:
+        return [Image.open(file) for file in sorted((folder / "pictures" / f"{domain}@{steps}").glob("*.png"))[:SHOWN]]
+
     made = []
     for domain in DOMAINS:
-        table = []
-        for name, rate in ((START, 0.0), *((arm.name, plan.rates.get(arm.rate_from)) for arm in arms)):
-            for steps in (few, MANY):
-                folder = plan.drawn(name, rate or 0.0, 0) / "pictures" / f"{domain}@{steps}"
-                pictures = [Image.open(file) for file in sorted(folder.glob("*.png"))[:SHOWN]]
-                if pictures:
-                    table.append((f"{NAMES.get(name, name)}, {steps} steps", pictures))
-        if table:
-            made.append(saved(out, domain, [""] * max(len(pictures) for _, pictures in table), table, 2 * SIDE))
+        for name, rows in grids(plan, arms, domain, few, kept):
+            if rows:
+                made.append(saved(out, name, [""] * max(len(pictures) for _, pictures in rows), rows, 2 * SIDE))
     return made
 
 
-def saved(out: Path, domain: str, heads: Sequence[str], table: Sequence[tuple[str, Sequence[Image.Image]]], side: int) -> Path:
-    file = out / "plots" / f"{GRIDS.format(domain)}.png"
+def grids(plan: Plan, arms: Sequence[Arm], domain: str, few: int, kept: Kept) -> Iterator[tuple[str, list[Row]]]:
+    """File name and rows of each grid: the methods of the paper's table, and what differs from ours in one thing. `kept`: what
+    was drawn of an arm, its folder, the domain and a step count."""
+    start, ours = Arm(START, NAMES[START]), [arm for arm in arms if arm.name == OURS]
+    ablations = [arm for arm in arms if arm in ABLATIONS]
+    tables = [(GRID, [start, *(arm for arm in arms if arm not in ABLATIONS)])]
+    tables += [(GRID_OF_ABLATIONS, [start, *ours, *ablations])] if ablations else []
+    for name, shown in tables:
+        rows = []
+        for arm in shown:
+            folder = plan.drawn(arm.name, plan.rates.get(arm.rate_from, 0.0), 0)
+            for steps in (few, MANY) if name == GRID and arm.name in BOTH else (few,):
+                if pictures := kept(folder, domain, steps):
+                    rows.append((f"{arm.says}, {steps} steps", pictures))
+        yield name.format(domain), rows
+
+
+def saved(out: Path, name: str, heads: Sequence[str], table: Sequence[Row], side: int) -> Path:
+    file = out / "plots" / f"{name}.png"
     file.parent.mkdir(parents=True, exist_ok=True)
     compose(heads, table, side=side).save(file)
     return file

@@ -13,13 +13,17 @@ from bench.results import Row
 from bench.show import digits
 
 COLUMNS = ("fid", "dino_distance", "quality", "aesthetic", "geneval", "dpg")
+HEADS = dict(zip(COLUMNS, ("FID", "DINO dist.", "Quality", "Aesthetic", "GenEval", "DPG")))
 FULL = {
     START: (48.69, 0.1274, 3.76, 3.52, 0.754, 84.8), "sft": (82.20, 0.1896, 2.61, 2.49, 0.159, 70.0),
     "pso": (88.43, 0.1716, 2.87, 2.64, 0.248, 72.4), OURS: (40.49, 0.1088, 3.84, 3.62, 0.717, 84.1),
 }  # fmt: skip
 """Every weight of Z-Image-Turbo, on an anime set."""
-CUSTOM = {START: (0.2373, 3.51), "custom_sft": (0.2212, 2.42), "custom_pso": (0.0570, None), "custom_dopsd": (0.0823, 3.80)}
-"""LoRA, about four images a concept: DINO distance and quality."""
+OF_CUSTOM = ("dino_distance", "quality")
+CUSTOM: dict[str, tuple[float | None, ...]] = {
+    START: (0.2373, 3.51), "custom_sft": (0.2212, 2.42), "custom_pso": (0.0570, None), "custom_dopsd": (0.0823, 3.80),
+}  # fmt: skip
+"""LoRA, about four images a concept."""
 OURS_BESIDE = (
     ("target@{few}_steps", "style_distance", "target: style distance"), ("target@{few}_steps", "patch_fd", "patch FD"),
     ("target@32_steps", "patch_fd", "patch FD, 32 steps"), ("original@{few}_steps", "patch_fd", "original: patch FD"),
@@ -34,32 +38,29 @@ def rows() -> list[Row]:
         Row("reproduce", "paper", arm, f"paper_{name}", value, "", note=note)
         for arm, values in FULL.items() for name, value in zip(COLUMNS, values)
     ]  # fmt: skip
-    for arm, (dino, quality) in CUSTOM.items():
-        found.append(Row("reproduce", "paper, 4 images", arm, "paper_dino_distance", dino, "", note=note))
-        if quality is not None:
-            found.append(Row("reproduce", "paper, 4 images", arm, "paper_quality", quality, "", note=note))
-    return found
+    return found + [
+        Row("reproduce", "paper, 4 images", arm, f"paper_{name}", value, "", note=note)
+        for arm, values in CUSTOM.items() for name, value in zip(OF_CUSTOM, values) if value is not None
+    ]  # fmt: skip
 
 
-def markdown(found: Mapping[tuple[str, str, str, str], Row], arms: Sequence[str], few: int = 4) -> list[str]:
-    """Ours with the paper's FID, DINO distance and GenEval in brackets' stead: a table of its own columns."""
-    heads = [says for _, _, says in OURS_BESIDE] + ["paper: FID", "DINO dist.", "GenEval"]
-    lines = [f"| {few} steps a picture unless said | {' | '.join(heads)} |", "| --- " * (1 + len(heads)) + "|"]
+def markdown(
+    found: Mapping[tuple[str, str, str, str], Row], arms: Sequence[str], paper: Mapping[str, Sequence[float | None]] = {},
+    columns: Sequence[str] = (), few: int = 4,
+) -> list[str]:  # fmt: skip
+    """A line for each arm that was measured: our columns, then `columns` of the `paper`'s table."""
+    heads = [says for _, _, says in OURS_BESIDE] + ["paper: " * (i == 0) + HEADS[name] for i, name in enumerate(columns)]
+    lines = []
     for arm in arms:
-        cells = []
-        for case, metric, _ in OURS_BESIDE:
-            row = found.get(("reproduce", case.format(few=few), arm, metric))
-            cells.append("" if row is None or row.value is None else cell(row))
-        if not any(cells):
-            continue
-        paper = FULL.get(arm)
-        cells += [f"{paper[0]:g}", f"{paper[1]:g}", f"{paper[4]:g}"] if paper else ["", "", ""]
-        lines.append(f"| {NAMES.get(arm, arm)} | {' | '.join(cells)} |")
-    return lines
+        rows = [found.get(("reproduce", case.format(few=few), arm, metric)) for case, metric, _ in OURS_BESIDE]
+        if any(row is not None and row.value is not None for row in rows):
+            beside = ["" if value is None else f"{value:g}" for value in paper.get(arm, [None] * len(columns))]
+            lines.append(f"| {' | '.join([NAMES.get(arm, arm), *map(cell, rows), *beside])} |")
+    return [f"| {few} steps a picture unless said | {' | '.join(heads)} |", "| --- " * (1 + len(heads)) + "|", *lines]
 
 
-def cell(row: Row) -> str:
-    if row.value is None or row.low is None or row.high is None:
+def cell(row: Row | None) -> str:
+    if row is None or row.value is None or row.low is None or row.high is None:
         return ""
     return f"{digits(row.value)} ({digits(row.low)}..{digits(row.high)})"
 

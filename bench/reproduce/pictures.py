@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.reproduce.arms import FULL
 from bench.reproduce.resampling import Moments, Sample
 from dopsd_fast import convert
 from dopsd_fast.errors import UserError
 from dopsd_fast.families import Family, open_family
+from dopsd_fast.nano import build, report, world
 from dopsd_fast.nano import judge as judging
-from dopsd_fast.nano import report, world
-from dopsd_fast.nano.build import load_judge
 from dopsd_fast.nano.check import figures
 from dopsd_fast.nano.measure import ground_distances, patches, to_pictures
 from dopsd_fast.settings import load_settings
@@ -32,7 +32,9 @@ from dopsd_fast.settings import load_settings
 DOMAINS = ("target", "original")
 FEW, MANY = 4, 32
 TEST_SEED, VALIDATION_SEED = 31_000, 17_000
-"""Of captions; the training sets are drawn with 7."""
+"""Of captions."""
+TARGETS, ANCHORS, TARGETS_OF_FEW = 64, 64, 4
+"""Training records: pictures of the target style and of the original domain; the customisation has some of the former only."""
 KEPT, CURVE, CHOICE = "pictures.npz", "curve.json", "validation.json"
 
 
@@ -87,7 +89,7 @@ def draw(job: Job) -> None:
 
 class Drawer:
     def __init__(self, family: Family) -> None:
-        self.family, self.vae, self.encoders, self.judge = family, family.load_vae(), family.load_encoders(), load_judge()
+        self.family, self.vae, self.encoders, self.judge = family, family.load_vae(), family.load_encoders(), build.load_judge()
 
     def pictures(self, model: Any, domain: str, steps: int, count: int, seed: int) -> Tensor:
         """[P, 3, 32, 32] in -1..1."""
@@ -102,7 +104,11 @@ class Drawer:
 
 
 def scenes_of(domain: str, count: int, seed: int) -> list[world.Scene]:
-    return world.sample_scenes(domain, count, seed, world.LEGIBLE)
+    """Captions that no training record has, and, but for the validation itself, none that learning rates are chosen by."""
+    without = {world.caption(scene) for scene in build.training_scenes(TARGETS, ANCHORS, world.LEGIBLE)}
+    if seed != VALIDATION_SEED:
+        without |= {world.caption(scene) for scene in scenes_of(domain, FULL.validation, VALIDATION_SEED)}
+    return world.sample_scenes(domain, count, seed, world.LEGIBLE, without)
 
 
 def last(run: Path | None, family: Family) -> Iterator[tuple[int, nn.Module]]:
@@ -114,7 +120,6 @@ def last(run: Path | None, family: Family) -> Iterator[tuple[int, nn.Module]]:
 
 
 def checkpoints(run: Path, family: Family) -> Iterator[tuple[int, nn.Module]]:
-    yield 0, family.load_transformer(torch.float32)
     for step, folder in checkpoint_folders(run):
         yield step, trained(folder, family)
 

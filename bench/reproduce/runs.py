@@ -24,7 +24,7 @@ from typing import Any
 
 from bench.forks import last_error, rank_environment
 from bench.machine import commit
-from bench.reproduce.arms import START, Arm, Budget, best_rate, next_rate
+from bench.reproduce.arms import START, Arm, Budget, best_rate, finalists, next_rate
 from bench.reproduce.subjects import Subject
 from bench.results import ROOT
 from bench.show import step
@@ -41,7 +41,8 @@ class Lost(RuntimeError):
 @dataclass
 class Plan:
     """`workers` processes at a time, `launcher` before the trainer's file. Of each arm: what its search of learning rates
-    scored (infinite: the run was lost) and chose; `lost`: seeds that failed, and why."""
+    scored (infinite: the run was lost), what the two best of them scored with the second seed, and what it chose; `lost`: seeds
+    that failed, and why."""
 
     folder: Path
     subject: Subject
@@ -49,6 +50,7 @@ class Plan:
     workers: int
     launcher: Sequence[str] = ()
     scores: dict[str, dict[float, float]] = field(default_factory=dict)
+    second: dict[str, dict[float, float]] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
     lost: dict[tuple[str, int], str] = field(default_factory=dict)
     _live: set[Any] = field(default_factory=set)
@@ -110,12 +112,15 @@ class Plan:
 
         def search(arm: Arm) -> None:
             """Starts what the search of the arm wants next, or its seeds."""
-            scores = self.scores.setdefault(arm.name, {})
+            scores, second = self.scores.setdefault(arm.name, {}), self.second.setdefault(arm.name, {})
             open_rates = [rate for rate in self.subject.rates if rate not in scores]
             if not open_rates and (more := next_rate(scores)) is not None:
                 open_rates = [more]
+            seed = 0
+            if not open_rates and self.budget.seeds > 1 and not second:
+                open_rates, seed = finalists(scores), 1
             if not open_rates:
-                chosen = best_rate(scores)
+                chosen = best_rate({rate: (scores[rate] + second[rate]) / 2 for rate in second}) or best_rate(scores)
                 if chosen is None:
                     for taker in waiting.pop(arm.name, []):
                         self.lost[taker.name, 0] = f"no run of {arm.name} came to its end, at any learning rate"
@@ -124,6 +129,7 @@ class Plan:
                 for rate in scores:
                     if rate != chosen:
                         self._prune(arm.name, rate, 0)
+                        self._prune(arm.name, rate, 1)
                 seeds_of(arm.name)
                 return
             left = set(open_rates)
@@ -135,7 +141,7 @@ class Plan:
                 return ()
 
             for rate in open_rates:
-                start(partial(self._score, arm, rate), partial(done, rate))
+                start(partial(self._score, arm, rate, seed), partial(done, rate))
 
         start(partial(self._start_arm))
         for name, arm in searched.items():
@@ -161,14 +167,15 @@ class Plan:
         except Lost as error:
             self.lost[START, 0] = str(error)
 
-    def _score(self, arm: Arm, rate: float) -> None:
+    def _score(self, arm: Arm, rate: float, seed: int) -> None:
+        scores, drawn = (self.second if seed else self.scores)[arm.name], self.drawn(arm.name, rate, seed)
         try:
-            self._train(arm, rate, 0)
-            if not (self.drawn(arm.name, rate, 0) / VALIDATION).exists():
-                self._draw(arm.name, rate, 0, str(self.run(arm.name, rate, 0)), curve=False, final=False)
-            self.scores[arm.name][rate] = self.subject.score(self.drawn(arm.name, rate, 0))
+            self._train(arm, rate, seed)
+            if not (drawn / VALIDATION).exists():
+                self._draw(arm.name, rate, seed, str(self.run(arm.name, rate, seed)), curve=False, final=False)
+            scores[rate] = self.subject.score(drawn)
         except Lost:
-            self.scores[arm.name][rate] = float("inf")
+            scores[rate] = float("inf")
 
     def _finish(self, arm: Arm, rate: float, seed: int) -> None:
         drawn = self.drawn(arm.name, rate, seed)

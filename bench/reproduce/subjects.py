@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from bench.reproduce.arms import Arm, Budget
+from bench.reproduce.pictures import ANCHORS, TARGETS, TARGETS_OF_FEW
 from dopsd_fast.errors import UserError
 from dopsd_fast.families import open_family
 from dopsd_fast.nano import build, world
 from dopsd_fast.settings import Settings, load_settings
 
-IMAGES_OF_FEW = 4
 SILENT = ("sample.every=0", "sample.count=0", "sample.prompts=[]")
 
 
@@ -81,7 +81,7 @@ class Embedded:
         with self._lock:
             if not (folder / "data.jsonl").exists():
                 part = folder.with_name(f"{which}.part")
-                targets, anchors = (64, 64) if which == "all" else (IMAGES_OF_FEW, 0)
+                targets, anchors = (TARGETS, ANCHORS) if which == "all" else (TARGETS_OF_FEW, 0)
                 build.save_data(part, targets, anchors, world.LEGIBLE)
                 shutil.rmtree(folder, ignore_errors=True)
                 part.replace(folder)

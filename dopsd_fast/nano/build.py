@@ -94,6 +94,11 @@ def save(out: Path, tokenizer, vlm, transformer, vae, judge, report) -> None:
     save_data(out / "data")
 
 
+def training_scenes(targets: int, anchors: int, style: world.Style) -> list[world.Scene]:
+    """Those of the records that `save_data` writes, in their order."""
+    return world.sample_scenes("target", targets, 7, style) + world.sample_scenes("original", anchors, seed=7)
+
+
 def save_data(folder: Path, targets: int = 64, anchors: int = 64, style: world.Style = world.TARGET) -> None:
     """A training set in the authors' JSONL format, the demonstration's unless another `style` is given: pictures of the target
     style, and anchors: pictures of the original domain, which a small model needs to see so that what moves the new style does
@@ -101,7 +106,7 @@ def save_data(folder: Path, targets: int = 64, anchors: int = 64, style: world.S
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "images").mkdir(parents=True)
     kinds = ["target"] * targets + ["original"] * anchors
-    scenes = world.sample_scenes("target", targets, 7, style) + world.sample_scenes("original", anchors, seed=7)
+    scenes = training_scenes(targets, anchors, style)
     with open(folder / "data.jsonl", "w", encoding="utf-8") as lines:
         for i, (kind, scene, picture) in enumerate(zip(kinds, scenes, world.render(scenes), strict=True)):
             name = f"images/{i:03}.png"

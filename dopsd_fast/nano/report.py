@@ -23,25 +23,29 @@ from dopsd_fast.nano import world
 from dopsd_fast.nano.build import load_judge
 from dopsd_fast.nano.check import figures
 from dopsd_fast.nano.measure import to_pictures
+from dopsd_fast.records import read_records
 from dopsd_fast.sampling import rollout
 from dopsd_fast.settings import Settings, load_settings
 from dopsd_fast.telemetry import compose
 
 SEED = 20_000
-"""Of the captions and of the noise; the training set is drawn with another."""
+"""Of the captions and of the noise."""
 
 
 def measure(run: Path, count: int) -> dict:
-    """Figures of both domains before and after the run, and the two ratios that the demonstration promises."""
+    """Figures of both domains before and after the run, on captions that none of its records has, and the two ratios that the
+    demonstration promises."""
     settings = load_settings([str(run / "settings.toml")])
     family = open_family(settings.model.folder, settings.conditioning)
     steps = settings.sample.steps or family.deployment_steps
+    prompts = settings.data.model_copy(update={"prompt_keys": []})
+    trained_on = {text for record in read_records(prompts, family.pixel_multiple).records for text in record.prompts.values()}
     vae, encoders, judge = family.load_vae(), family.load_encoders(), load_judge()
     models = {"before": family.load_transformer(torch.float32), "after": trained(family, settings, run / "export")}
     report: dict = {"run": str(run), "count": count, "steps": steps, "rows": {}}
     shown: dict[str, list[Image.Image]] = {}
     for domain in ("target", "original"):
-        scenes = world.sample_scenes(domain, count, SEED)
+        scenes = world.sample_scenes(domain, count, SEED, without=trained_on)
         contexts = encoders.student([world.caption(scene) for scene in scenes])
         shown[f"{domain} exact"] = images(to_pictures(world.render(scenes[:8])))
         for when, model in models.items():

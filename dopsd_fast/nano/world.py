@@ -12,10 +12,13 @@ Three domains:
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+
+from dopsd_fast.errors import UserError
 
 SIDE = 32
 COLOURS = {
@@ -102,29 +105,34 @@ def wild_style(rng: np.random.Generator) -> Style:
             return Style((tints[0], tints[1]), int(rng.integers(len(CELLS))), str(rng.choice(TAGS)))
 
 
-def sample_scenes(domain: str, count: int, seed: int, target: Style = TARGET) -> list[Scene]:
-    """`count` scenes of `original`, `wild` or `target`, the last in the style `target`; the same arguments give the same."""
+def sample_scenes(
+    domain: str, count: int, seed: int, target: Style = TARGET, without: Collection[str] = ()
+) -> list[Scene]:
+    """`count` scenes of `original`, `wild` or `target`, the last in the style `target`; the same arguments give the same.
+    Those whose caption is in `without` are passed over. UserError: hardly any is left."""
     rng = np.random.default_rng([seed, ("original", "wild", "target").index(domain)])
-    scenes = []
-    for _ in range(count):
+    scenes: list[Scene] = []
+    for _ in range(100 * count + 1):
+        if len(scenes) == count:
+            return scenes
         style = {
             "original": lambda: NAMED[rng.integers(len(NAMED))],
             "wild": lambda: wild_style(rng),
             "target": lambda: target,
         }[domain]()
         legible = [name for name, rgb in COLOURS.items() if min(_distance(rgb, tint) for tint in style.tints) > 0.3]
-        scenes.append(
-            Scene(
-                colour=str(rng.choice(legible or list(COLOURS))),
-                shape=str(rng.choice(list(SHAPES))),
-                place=str(rng.choice(list(PLACES))),
-                size=str(rng.choice(list(SIZES))),
-                style=style,
-                jitter=(int(rng.integers(-1, 2)), int(rng.integers(-1, 2))),
-                seed=int(rng.integers(2**62)),
-            )
+        scene = Scene(
+            colour=str(rng.choice(legible or list(COLOURS))),
+            shape=str(rng.choice(list(SHAPES))),
+            place=str(rng.choice(list(PLACES))),
+            size=str(rng.choice(list(SIZES))),
+            style=style,
+            jitter=(int(rng.integers(-1, 2)), int(rng.integers(-1, 2))),
+            seed=int(rng.integers(2**62)),
         )
-    return scenes
+        if caption(scene) not in without:
+            scenes.append(scene)
+    raise UserError(f"nearly every caption of the {domain} domain is among the {len(without)} given: give fewer")
 
 
 def reseed(scene: Scene, seed: int) -> Scene:
