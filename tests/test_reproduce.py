@@ -25,7 +25,7 @@ from tests import tiny
 from tests.driving import data, rows, start, words
 
 MORE = (*QUICK, *(arm for arm in (*MAIN, *ABLATIONS) if arm.name in ("pso", "frozen_teacher")))
-SMALL = Budget(steps=50, seeds=1, search=False, captions=48, validation=8, points=2)
+SMALL = Budget(steps=50, seeds=1, search=False, captions=48, validation=8, curve=8, points=2)
 REQUIRED = {"sft_loses_few_step", "dopsd_learns_target", "dopsd_keeps_original", "dopsd_beats_sft", "live_teacher_collapses"}
 
 

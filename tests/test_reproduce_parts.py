@@ -183,7 +183,7 @@ def test_the_arms_are_those_of_the_paper(tmp_path):
     named = "frozen_teacher off_policy sft_on_teacher_samples weight_x1 weight_mu states_2 states_8 ema_0.99 ema_0.999 ema_bf16"
     assert set(named.split()) <= {arm.name for arm in ABLATIONS}
     assert len(NAMES) == 1 + len(MAIN) + len(ABLATIONS)
-    subject, budget = Embedded(tmp_path), Budget(6, 1, False, 4, 4, 3)
+    subject, budget = Embedded(tmp_path), Budget(6, 1, False, 4, 4, 4, 3)
     seen = set()
     for arm in (*MAIN, *ABLATIONS):
         s = load_settings([*subject.words(arm, budget), "train.learning_rate=1e-4", "train.seed=0"])
@@ -243,7 +243,7 @@ class Fake:
 
 
 def plan_of(folder: Path, subject: Fake, monkeypatch, seeds: int = 2, search: bool = True) -> Plan:
-    plan = Plan(folder, subject, Budget(1, seeds, search, 1, 1, 1), workers=2)
+    plan = Plan(folder, subject, Budget(1, seeds, search, 1, 1, 1, 1), workers=2)
 
     def process(arguments, name):
         subject.calls.append(name)
@@ -291,6 +291,13 @@ def test_a_second_seed_decides_between_the_two_best_rates(tmp_path, monkeypatch)
     assert one_seed.second == {"sft": {}} and one_seed.rates == {"sft": 3e-4}
 
 
+def test_an_arm_may_have_fewer_seeds_than_the_budget(tmp_path, monkeypatch):
+    plan = plan_of(tmp_path, Fake({}), monkeypatch, seeds=4, search=False)
+    plan.train_all([Arm("sft", "SFT", seeds=2), Arm(OURS, "ours"), Arm("pso", "PSO", seeds=9)])
+    found = [name.partition("-")[0] for name in plan.subject.calls if name.endswith(".train")]
+    assert [found.count(name) for name in ("sft", OURS, "pso")] == [2, 4, 4]
+
+
 def test_a_lost_run_is_a_row_and_stops_nobody_else(tmp_path, monkeypatch):
     bad = ("sft-0.0003-2.train", *(f"{OURS}-{rate}-0.train" for rate in ("0.0001", "0.0003", "0.001")))
     plan = plan_of(tmp_path, Fake({"sft": 3e-4, OURS: 3e-4}, bad), monkeypatch, seeds=3)
@@ -322,7 +329,7 @@ def test_a_folder_of_another_budget_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_process_that_fails_says_how(tmp_path):
-    plan = Plan(tmp_path, Fake({}), Budget(1, 1, True, 1, 1, 1), workers=1)
+    plan = Plan(tmp_path, Fake({}), Budget(1, 1, True, 1, 1, 1, 1), workers=1)
     with pytest.raises(Lost, match=r"x.train ended with 3: ValueError: no such thing \(all of it: .*x.train.log\)"):
         plan._process(["-c", "import sys; print('ValueError: no such thing', file=sys.stderr); sys.exit(3)"], "x.train")
     assert runs.VALIDATION == "validation.json"

@@ -127,7 +127,7 @@ def read_given(drawn: Path) -> dict[tuple[str, int], Sample]:
 def places(plan: Plan, arms: Sequence[Arm]) -> Iterator[tuple[str, float, int]]:
     yield START, 0.0, 0
     for arm in arms:
-        for seed in range(plan.budget.seeds):
+        for seed in plan.budget.seeds_of(arm):
             if arm.rate_from in plan.rates:
                 yield arm.name, plan.rates[arm.rate_from], seed
 

@@ -15,7 +15,8 @@ LORA = ("adapter.kind=lora",)
 class Arm:
     """One line of a table. `words`: its settings, over those that all arms share. `rate_of`: the arm whose learning rate it
     takes; its own name: it is searched. `trained_by`: the trainer, or the published step in plain PyTorch. `data`: "all"
-    records, or "few": the images of the customisation."""
+    records, or "few": the images of the customisation. `curve`: pictures are drawn from every checkpoint. `seeds`: at most;
+    None: what the budget has."""
 
     name: str
     says: str
@@ -23,6 +24,8 @@ class Arm:
     rate_of: str = ""
     trained_by: str = "trainer"
     data: str = "all"
+    curve: bool = True
+    seeds: int | None = None
 
     @property
     def rate_from(self) -> str:
@@ -48,36 +51,41 @@ ABLATIONS = (
     Arm("frozen_teacher", "teacher frozen", ("teacher.kind=frozen",), OURS),
     Arm("off_policy", "off-policy states", ("method.states=off_policy",), OURS),
     Arm("sft_on_teacher_samples", "SFT on teacher samples", (*SFT, "method.targets=teacher", "teacher.kind=frozen")),
-    Arm("weight_x1", "weight x1", ("method.weight=x1",), OURS),
-    Arm("weight_mu", "weight mu", ("method.weight=mu",), OURS),
-    Arm("states_2", "K = 2", ("method.num_states=2",), OURS),
-    Arm("states_8", "K = 8", ("method.num_states=8",), OURS),
-    Arm("ema_0.99", "EMA 0.99", ("teacher.ema_decay=0.99",), OURS),
-    Arm("ema_0.999", "EMA 0.999", ("teacher.ema_decay=0.999",), OURS),
-    Arm("ema_bf16", "EMA 0.9999 in bf16", ("teacher.ema_dtype=bf16",), OURS),
-    Arm("custom_sft", "4 images, LoRA: SFT", (*SFT, *LORA), data="few"),
-    Arm("custom_pso", "4 images, LoRA: PSO", (*PSO, *LORA), data="few"),
-    Arm("custom_dopsd", "4 images, LoRA: D-OPSD", LORA, data="few"),
-    Arm("custom_off_policy", "4 images, LoRA: off-policy", ("method.states=off_policy", *LORA), "custom_dopsd", data="few"),
-)
+    Arm("custom_sft", "4 images, LoRA: SFT", (*SFT, *LORA), data="few", curve=False, seeds=2),
+    Arm("custom_pso", "4 images, LoRA: PSO", (*PSO, *LORA), data="few", curve=False, seeds=2),
+    Arm("custom_dopsd", "4 images, LoRA: D-OPSD", LORA, data="few", curve=False, seeds=2),
+    Arm("ema_0.99", "EMA 0.99", ("teacher.ema_decay=0.99",), OURS, seeds=2),
+    Arm("ema_0.999", "EMA 0.999", ("teacher.ema_decay=0.999",), OURS, seeds=2),
+    Arm("ema_bf16", "EMA 0.9999 in bf16", ("teacher.ema_dtype=bf16",), OURS, curve=False, seeds=2),
+    Arm("weight_x1", "weight x1", ("method.weight=x1",), OURS, curve=False, seeds=2),
+    Arm("weight_mu", "weight mu", ("method.weight=mu",), OURS, curve=False, seeds=2),
+    Arm("states_2", "K = 2", ("method.num_states=2",), OURS, curve=False, seeds=2),
+    Arm("states_8", "K = 8", ("method.num_states=8",), OURS, curve=False, seeds=2),
+    Arm("custom_off_policy", "4 images, LoRA: off-policy", ("method.states=off_policy", *LORA), "custom_dopsd", data="few",
+        curve=False, seeds=2),
+)  # fmt: skip
 NAMES = {arm.name: arm.says for arm in (Arm(START, "start"), *MAIN, *ABLATIONS)}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What every arm gets. `search`: learning rates are searched, else known. `points`: of a curve. `captions`: of
-    a domain, that the final pictures are drawn for; `validation`: those that rates are chosen and curves drawn by."""
+    """What every arm gets. `search`: learning rates are searched, else known. Captions of each domain: `captions`, that the
+    final pictures are drawn for; `validation`, that rates are chosen by; `curve`, the first of those, at each of `points`."""
 
     steps: int
     seeds: int
     search: bool
     captions: int
     validation: int
+    curve: int
     points: int
 
+    def seeds_of(self, arm: Arm) -> range:
+        return range(min(self.seeds, arm.seeds or self.seeds))
 
-FULL = Budget(steps=160, seeds=3, search=True, captions=128, validation=64, points=8)
-BRIEF = Budget(steps=100, seeds=2, search=False, captions=64, validation=32, points=4)
+
+FULL = Budget(steps=128, seeds=3, search=True, captions=64, validation=64, curve=32, points=8)
+BRIEF = Budget(steps=80, seeds=2, search=False, captions=48, validation=32, curve=32, points=4)
 
 
 def neighbour(rate: float, up: bool) -> float | None:

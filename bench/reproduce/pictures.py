@@ -40,15 +40,16 @@ KEPT, CURVE, CHOICE = "pictures.npz", "curve.json", "validation.json"
 
 @dataclass(frozen=True)
 class Job:
-    """`run`: a run folder, or "" for the pipeline as it is. `out`: where to write. `curve`: also from every checkpoint."""
+    """`run`: a run folder, or "" for the pipeline as it is. `out`: where to write. Captions of each domain, 0 where nothing is
+    wanted: `captions` for the pictures that are kept, `validation` for the measures that rates are chosen by, `curve` (the
+    first of those) for the same of every checkpoint."""
 
     run: str
     model: str
     out: str
     captions: int
     validation: int
-    curve: bool
-    final: bool
+    curve: int
 
 
 def main(argv: Sequence[str], kind: Callable[..., Any], draw: Callable[[Any], None]) -> int:
@@ -62,20 +63,22 @@ def main(argv: Sequence[str], kind: Callable[..., Any], draw: Callable[[Any], No
 
 
 def draw(job: Job) -> None:
-    """Writes CHOICE (measures of the validation captions at FEW steps), CURVE (the same of every checkpoint, with its step),
-    and KEPT (uint8 [P, 32, 32, 3] of the test captions, by "domain@steps")."""
+    """Writes CHOICE (measures of the validation captions at FEW steps), CURVE (a list of the same, one a checkpoint), and KEPT
+    (uint8 [P, 32, 32, 3] of the test captions, by "domain@steps")."""
     settings = load_settings([job.run + "/settings.toml"] if job.run else [f"model.path={job.model}"])
     family, out = open_family(settings.model.folder, settings.conditioning), Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
     drawer = Drawer(family)
-    models = checkpoints(Path(job.run), family) if job.curve and job.run else last(Path(job.run) if job.run else None, family)
-    curve, model = [], None
-    for step, model in models:
-        curve.append({"step": step} | {domain: drawer.figures(model, domain, job.validation) for domain in DOMAINS})
+    step, model = 0, None
+    curve = []
+    for step, model in checkpoints(Path(job.run), family, all_of_them=job.curve > 0) if job.run else [(0, start(family))]:
+        if job.curve:
+            curve.append({"step": step} | {domain: drawer.figures(model, domain, job.curve) for domain in DOMAINS})
     if job.curve:
         write(out / CURVE, curve)
-    write(out / CHOICE, curve[-1])
-    if job.final:
+    if job.validation:
+        write(out / CHOICE, {"step": step} | {domain: drawer.figures(model, domain, job.validation) for domain in DOMAINS})
+    if job.captions:
         kept: dict[str, Any] = {}
         for domain in DOMAINS:
             for steps in (FEW, MANY):
@@ -111,32 +114,24 @@ def scenes_of(domain: str, count: int, seed: int) -> list[world.Scene]:
     return world.sample_scenes(domain, count, seed, world.LEGIBLE, without)
 
 
-def last(run: Path | None, family: Family) -> Iterator[tuple[int, nn.Module]]:
-    """The pipeline as it is, or what the run's newest checkpoint has made of it."""
-    if run is None:
-        yield 0, family.load_transformer(torch.float32)
-    else:
-        yield list(checkpoint_folders(run))[-1][0], trained(list(checkpoint_folders(run))[-1][1], family)
+def start(family: Family) -> nn.Module:
+    return family.load_transformer(torch.float32)
 
 
-def checkpoints(run: Path, family: Family) -> Iterator[tuple[int, nn.Module]]:
-    for step, folder in checkpoint_folders(run):
-        yield step, trained(folder, family)
-
-
-def checkpoint_folders(run: Path) -> Iterator[tuple[int, Path]]:
+def checkpoints(run: Path, family: Family, all_of_them: bool) -> Iterator[tuple[int, nn.Module]]:
+    """(step, student) of every checkpoint of the run in order, or of the newest."""
     found = sorted((run / "checkpoints").glob("step-*"))
     if not found:
         raise UserError(f"{run}: holds no checkpoint to draw from; remove it, and the next run begins it anew")
-    for folder in found:
-        yield int(folder.name.removeprefix("step-")), folder
+    for folder in found if all_of_them else found[-1:]:
+        yield int(folder.name.removeprefix("step-")), trained(folder, family)
 
 
 def trained(checkpoint: Path, family: Family) -> nn.Module:
     """The student of a checkpoint of the trainer, or of the eager reference (one safetensors file)."""
     from safetensors.torch import load_file
 
-    model = family.load_transformer(torch.float32)
+    model = start(family)
     weights = checkpoint / "student.safetensors"
     if weights.exists():
         model.load_state_dict(load_file(weights))

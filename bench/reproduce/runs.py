@@ -107,7 +107,7 @@ class Plan:
 
         def seeds_of(owner: str) -> None:
             for arm in waiting.pop(owner, []):
-                for seed in range(self.budget.seeds):
+                for seed in self.budget.seeds_of(arm):
                     start(partial(self._finish, arm, self.rates[owner], seed))
 
         def search(arm: Arm) -> None:
@@ -183,7 +183,8 @@ class Plan:
             if (drawn / FINISHED).exists():
                 return
             self._train(arm, rate, seed)
-            self._draw(arm.name, rate, seed, str(self.run(arm.name, rate, seed)), curve=self.subject.curve, final=True)
+            self._draw(arm.name, rate, seed, str(self.run(arm.name, rate, seed)),
+                       curve=self.subject.curve and arm.curve, final=True)  # fmt: skip
             self._prune(arm.name, rate, seed)
         except Lost as error:
             self.lost[arm.name, seed] = str(error)

@@ -88,8 +88,8 @@ class Embedded:
         return folder
 
     def job(self, run: str, out: Path, budget: Budget, curve: bool, final: bool) -> dict[str, Any]:
-        sizes = {"captions": budget.captions, "validation": budget.validation}
-        return {"run": run, "model": self.model, "out": str(out), **sizes, "curve": curve, "final": final}
+        sizes = (budget.captions, 0, budget.curve * curve) if final else (0, budget.validation, 0)
+        return {"run": run, "model": self.model, "out": str(out)} | dict(zip(("captions", "validation", "curve"), sizes))
 
     def score(self, drawn: Path) -> float:
         """patch_fd of the validation captions at the deployment step count, target plus original domain: both are wanted."""
