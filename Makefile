@@ -18,7 +18,7 @@ help:
 	@echo "make test    run the tests (no GPU needed)"
 	@echo "make bench   measure against the published step and its stronger variants, into runs/bench (no GPU needed)"
 	@echo "make reproduce  the paper's comparison on the embedded pipeline (under an hour on 2 cores; resumes)"
-	@echo "make ablations  the same with the paper's ablations (an hour more; resumes)"
+	@echo "make ablations  the same with the paper's ablations (over an hour more; resumes)"
 	@echo "make check   ruff and mypy"
 	@echo "make nano    build the embedded pipeline anew (an hour or two on 2 cores; resumes)"
 	@echo "make clean   remove the environment and what was built"

@@ -61,7 +61,7 @@ class Embedded:
     curve = True
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    KNOWN = {"sft": 1e-3, "sft_lora": 1e-2, "pso": 3e-4, "dopsd": 1e-3}
+    KNOWN = {"sft": 1e-3, "sft_lora": 3e-3, "pso": 1e-4, "dopsd": 3e-4}
     """What the search of the committed results found."""
 
     def describe(self) -> dict[str, Any]:
