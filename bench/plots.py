@@ -8,7 +8,7 @@
     roofline.png       each op under the machine's ceilings
     zero.png           whole-model gathers a step
     cost.png           the counts of a full-size step against their targets
-    reproduce_curves.png, reproduce_teachers.png   see bench/reproduce/curves.py
+    reproduce_curves.png, reproduce_teachers.png, reproduce_states.png   see bench/reproduce/curves.py
 
 An error bar is p20 .. p80. A label that ends in "*" is of a row that fell back; "failed" stands where a number is missing.
 """
@@ -41,7 +41,7 @@ from bench.drawing import (
     spread_out,
     times_axis,
 )  # fmt: skip
-from bench.reproduce.curves import curves, teachers
+from bench.reproduce.curves import curves, states, teachers
 from bench.results import Row
 from bench.show import digits, heading
 
@@ -434,11 +434,12 @@ def cost(rows: Sequence[Row], environment: Mapping[str, Any]) -> Any:
 PLOTS: Mapping[str, Callable[[Sequence[Row], Mapping[str, Any]], Any]] = {
     "ratios": ratios, "ratios_other": ratios_other, "breakdown": breakdown, "memory": memory,
     "memory_full_size": memory_full_size, "kernels": kernels, "roofline": roofline, "zero": zero, "cost": cost,
-    "reproduce_curves": curves, "reproduce_teachers": teachers,
+    "reproduce_curves": curves, "reproduce_teachers": teachers, "reproduce_states": states,
 }  # fmt: skip
 SHOWN_IN = {
     "breakdown": "step", "memory": "memory", "memory_full_size": "memory", "kernels": "kernels", "roofline": "kernels",
     "zero": "zero", "cost": "cost", "reproduce_curves": "reproduce", "reproduce_teachers": "reproduce",
+    "reproduce_states": "reproduce",
     "reproduce_grid_target": "reproduce", "reproduce_grid_original": "reproduce",
     "reproduce_grid_ablations_target": "reproduce", "reproduce_grid_ablations_original": "reproduce",
 }  # fmt: skip

@@ -68,6 +68,7 @@ ALT = {
     "breakdown": "parts of a training step's time", "memory": "peak memory by arrangement",
     "memory_full_size": "peak memory of a full-size step", "kernels": "speedup of each op", "roofline": "roofline of each op",
     "reproduce_curves": "measures over optimizer steps, by method", "reproduce_teachers": "the same by teacher",
+    "reproduce_states": "the same by states",
     "reproduce_grid_target": "pictures of the target style by method", "reproduce_grid_original": "of the original domain",
     "reproduce_grid_ablations_target": "pictures of the target style by ablation",
     "reproduce_grid_ablations_original": "of the original domain by ablation",

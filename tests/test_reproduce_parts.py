@@ -15,6 +15,7 @@ from bench.cases import reproduce
 from bench.reproduce import claims, runs
 from bench.reproduce.arms import ABLATIONS, MAIN, NAMES, OURS, QUICK, START, Arm, Budget, best_rate, next_rate
 from bench.reproduce.claims import Measures
+from bench.reproduce.curves import states
 from bench.reproduce.pictures import DOMAINS, scenes_of
 from bench.reproduce.resampling import Draws, Moments, Sample, interval
 from bench.reproduce.runs import Lost, Plan
@@ -333,3 +334,19 @@ def test_a_process_that_fails_says_how(tmp_path):
     with pytest.raises(Lost, match=r"x.train ended with 3: ValueError: no such thing \(all of it: .*x.train.log\)"):
         plan._process(["-c", "import sys; print('ValueError: no such thing', file=sys.stderr); sys.exit(3)"], "x.train")
     assert runs.VALIDATION == "validation.json"
+
+
+def test_curves_have_the_steps_that_all_seeds_have(tmp_path):
+    """A run that was stopped has a checkpoint more."""
+    def curve(*points):
+        return [{"step": step} | {domain: {"style_distance": value} for domain in DOMAINS} for step, value in points]
+
+    found = [curve((0, 9.0), (13, 5.0), (16, 3.0)), curve((0, 9.0), (16, 1.0))]
+    rows = list(reproduce.curve_rows("off_policy", found))
+    assert {(row.case, row.value, row.low, row.high) for row in rows if row.case.startswith("target")} == {
+        ("target@step_0", 9.0, 9.0, 9.0), ("target@step_16", 2.0, 1.0, 3.0)
+    }  # fmt: skip
+    apart = list(reproduce.same_curves(found, found[::-1]))
+    assert [row.value for row in apart] == [0.0, 0.0]
+    assert states(rows, {}) is None
+    assert states([*rows, *reproduce.curve_rows(OURS, found)], {}) is not None

@@ -191,13 +191,20 @@ def curves_of(plan: Plan, arm: Arm) -> Iterator[list[dict]]:
 
 
 def curve_rows(name: str, found: Sequence[list[dict]]) -> Iterator[Row]:
-    for points in zip(*found):
+    for step in common_steps(found):
+        points = [point for curve in found for point in curve if point["step"] == step]
         for domain in DOMAINS:
             for metric in points[0][domain]:
                 values = [point[domain][metric] for point in points]
-                case, mean = f"{domain}@step_{points[0]['step']}", statistics.mean(values)
+                case, mean = f"{domain}@step_{step}", statistics.mean(values)
                 spread = {"n": len(values), "low": min(values), "high": max(values)}
                 yield Row("reproduce", case, name, f"curve_{metric}", mean, "", **spread)
+
+
+def common_steps(curves: Sequence[list[dict]]) -> list[int]:
+    """Those that all curves have: a run that was stopped has a checkpoint of its own there."""
+    steps = [{point["step"] for point in curve} for curve in curves]
+    return sorted(set.intersection(*steps)) if steps else []
 
 
 def seconds(plan: Plan, arm: Arm) -> list[float]:
@@ -214,9 +221,11 @@ def seconds(plan: Plan, arm: Arm) -> list[float]:
 def same_curves(ours: Sequence[list[dict]], eager: Sequence[list[dict]]) -> Iterator[Row]:
     """For each curve: the largest distance of the two methods' means over the largest spread (highest minus lowest) of the
     seeds of one method. Below 1 the curves are the same within what a seed changes."""
+    steps = common_steps([*ours, *eager])
     for domain in DOMAINS if ours and eager else ():
         for metric in ours[0][0][domain]:
-            tables = [np.array([[point[domain][metric] for point in curve] for curve in curves]) for curves in (ours, eager)]
+            tables = [np.array([[point[domain][metric] for point in curve if point["step"] in steps] for curve in curves])
+                      for curves in (ours, eager)]  # fmt: skip
             apart = np.abs(tables[0].mean(0) - tables[1].mean(0)).max()
             noise = max(np.ptp(table, axis=0).max() for table in tables)
             if noise > 0:

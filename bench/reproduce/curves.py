@@ -1,4 +1,4 @@
-"""Curves over optimizer steps, as the paper's Fig. 5: `plots/reproduce_curves.png` and `reproduce_teachers.png`."""
+"""Curves over optimizer steps, as the paper's Fig. 5: `plots/reproduce_curves.png`, `..._teachers.png`, `..._states.png`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from bench.reproduce.arms import MAIN, NAMES, OURS, START
 from bench.results import Row
 
 TEACHERS = (OURS, "frozen_teacher", "live_teacher", "ema_0.999", "ema_0.99")
+STATES = (OURS, "off_policy", "sft_on_teacher_samples")
 PANELS = (
     ("target", "style_distance", "target: style distance"), ("target", "patch_fd", "target: patch Frechet distance"),
     ("original", "patch_fd", "original: patch Frechet distance"), ("original", "accuracy", "original: attribute accuracy"),
@@ -26,8 +27,16 @@ def curves(rows: Sequence[Row], environment: Mapping[str, Any]) -> Any:
 
 
 def teachers(rows: Sequence[Row], environment: Mapping[str, Any]) -> Any:
-    found = [name for name in TEACHERS if name in _arms(rows)]
-    return _curves(rows, found, "Teachers") if len(found) > 1 else None
+    return _some_curves(rows, TEACHERS, "Teachers")
+
+
+def states(rows: Sequence[Row], environment: Mapping[str, Any]) -> Any:
+    return _some_curves(rows, STATES, "States: on-policy, off-policy, teacher samples")
+
+
+def _some_curves(rows: Sequence[Row], arms: Sequence[str], title: str) -> Any:
+    found = [name for name in arms if name in _arms(rows)]
+    return _curves(rows, found, title) if len(found) > 1 else None
 
 
 def _arms(rows: Sequence[Row]) -> list[str]:

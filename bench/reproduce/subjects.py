@@ -62,8 +62,8 @@ class Embedded:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     KNOWN = {"sft": 1e-3, "sft_lora": 3e-3, "pso": 1e-4, "dopsd": 1e-3}
-    """For runs without a search, which are shorter: the highest rate that the search of the committed results scored at most 5 %
-    worse than its best."""
+    """For runs without a search, which are shorter: the highest rate that the search of the committed results scored at most
+    5 % worse than its best."""
 
     def describe(self) -> dict[str, Any]:
         return {"model": self.model}
