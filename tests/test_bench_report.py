@@ -57,7 +57,7 @@ def made_up() -> list[Row]:
         rows.append(Row("zero", kind, "plain", "gathers_per_step", 16.0, ""))
         rows.append(Row("cost", kind, "ours", "launches_per_step", 5500.0, ""))
         rows.append(Row("cost", kind, "R1", "launches_per_step", 68874.0, ""))
-    for arm, value in (("start", 9.0), ("dopsd", 0.4), ("live_teacher", 24.0)):
+    for arm, value in (("start", 9.0), ("dopsd", 0.4), ("off_policy", 0.5), ("live_teacher", 24.0)):
         for step in (0, 100):
             for domain, metric in (("target", "style_distance"), ("target", "patch_fd"), ("original", "patch_fd")):
                 ends = {"low": 0.9 * value, "high": 1.1 * value}
