@@ -10,8 +10,8 @@ from PIL import Image
 
 from dopsd_fast.errors import UserError
 from dopsd_fast.families import open_family
-from dopsd_fast.nano import build, check, measure, models, stages, world
-from dopsd_fast.settings import Settings
+from dopsd_fast.nano import build, check, measure, models, report, stages, world
+from dopsd_fast.settings import Settings, load_settings
 
 PIPELINE = build.HERE / "pipeline"
 
@@ -21,6 +21,16 @@ def test_a_scene_is_a_function_of_its_seed():
         scenes = world.sample_scenes(domain, 8, seed=3)
         assert scenes == world.sample_scenes(domain, 8, seed=3) != world.sample_scenes(domain, 8, seed=4)
         assert np.array_equal(world.render(scenes), world.render(scenes))
+
+
+def test_the_demonstration_is_measured_on_captions_that_no_record_has():
+    settings = load_settings(["nano_full", "data.prompt_keys=['short_en']"])
+    family = open_family(settings.model.folder, settings.conditioning)
+    lines = (settings.data.source / "data.jsonl").read_text().splitlines()
+    known = {json.loads(line)["medium_en"] for line in lines}
+    for domain in ("target", "original"):
+        assert known & {world.caption(scene) for scene in world.sample_scenes(domain, 128, report.SEED)}
+        assert not known & {world.caption(scene) for scene in report.unseen_scenes(settings, family, domain, 128)}
 
 
 def test_scenes_without_captions_that_are_known():

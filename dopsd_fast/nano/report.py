@@ -38,14 +38,12 @@ def measure(run: Path, count: int) -> dict:
     settings = load_settings([str(run / "settings.toml")])
     family = open_family(settings.model.folder, settings.conditioning)
     steps = settings.sample.steps or family.deployment_steps
-    prompts = settings.data.model_copy(update={"prompt_keys": []})
-    trained_on = {text for record in read_records(prompts, family.pixel_multiple).records for text in record.prompts.values()}
     vae, encoders, judge = family.load_vae(), family.load_encoders(), load_judge()
     models = {"before": family.load_transformer(torch.float32), "after": trained(family, settings, run / "export")}
     report: dict = {"run": str(run), "count": count, "steps": steps, "rows": {}}
     shown: dict[str, list[Image.Image]] = {}
     for domain in ("target", "original"):
-        scenes = world.sample_scenes(domain, count, SEED, without=trained_on)
+        scenes = unseen_scenes(settings, family, domain, count)
         contexts = encoders.student([world.caption(scene) for scene in scenes])
         shown[f"{domain} exact"] = images(to_pictures(world.render(scenes[:8])))
         for when, model in models.items():
@@ -58,6 +56,13 @@ def measure(run: Path, count: int) -> dict:
     compose([""] * 8, list(shown.items()), side=96).save(run / "demo.png")
     (run / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def unseen_scenes(settings: Settings, family, domain: str, count: int) -> list[world.Scene]:
+    """Those whose caption no record of the run has."""
+    prompts = settings.data.model_copy(update={"prompt_keys": []})
+    known = {text for record in read_records(prompts, family.pixel_multiple).records for text in record.prompts.values()}
+    return world.sample_scenes(domain, count, SEED, without=known)
 
 
 def sample(family, model: nn.Module, vae: nn.Module, contexts: list[dict[str, Tensor]], steps: int) -> Tensor:
