@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench.clock import interleaved
+from bench.clock import interleaved, kernel_clock
 from bench.results import ROOT, Options
 
 
@@ -98,5 +98,5 @@ def ceilings(device: torch.device, dtype: torch.dtype, quick: bool = False) -> C
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     calls: dict[str, Callable[[], Any]] = {"copy": partial(target.copy_, source), "gemm": partial(torch.mm, a, b, out=out)}
-    seconds = interleaved(calls, 3 if quick else 10, 2, device)
+    seconds = interleaved(calls, 3 if quick else 10, 2, device, kernel_clock(device))
     return Ceilings(2 * size / min(seconds["copy"]), 2 * side**3 / min(seconds["gemm"]))

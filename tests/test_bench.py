@@ -20,6 +20,7 @@ from tests import tiny
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = {"suite", "case", "variant", "metric", "value", "unit", "p20", "p80", "n", "status", "note", "low", "high"}
 NUMBERS = (int, float)
+CPU = torch.device("cpu")
 
 
 # ---- clock and file --------------------------------------------------------------------------------------------------
@@ -32,6 +33,48 @@ def test_every_call_is_timed_once_a_round_and_each_goes_first_in_turn():
     assert "".join(order) == "abc" "bca" "cab" "abc"
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
     assert all(value >= 0 for values in seconds.values() for value in values)
+
+
+def test_a_kernel_is_timed_behind_fills_that_hide_the_hosts_time(monkeypatch):
+    """A GPU that is none: an event reads the clock of a device, which each fill advances by .1 ms and the kernel by .02 ms. The
+    host takes .93 ms to launch it, which is no part of the answer and asks for 1.86 ms of fills the next time."""
+    device_ms = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self, stream):
+            self.at = device_ms[0]
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    class Buffer:
+        fills = 0
+
+        def zero_(self):
+            device_ms[0] += 0.1
+            self.fills += 1
+
+    def kernel():
+        device_ms[0] += 0.02
+        host[0] += 0.93e-3
+
+    host, buffer = [0.0], Buffer()
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(clock.torch, "empty", lambda *_, **__: buffer)
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: host[0])
+    seconds = clock.timer("events", torch.device("cuda"))
+    counts = []
+    for _ in range(2):
+        before = buffer.fills
+        assert seconds(kernel) == pytest.approx(2e-5)
+        counts.append(buffer.fills - before)
+    assert counts == [clock.FEWEST_FILLS, 19]
+    assert clock.kernel_clock(CPU, "cpu") == "cpu" and clock.kernel_clock(torch.device("cuda")) == "events"
 
 
 def test_median_and_percentiles():

@@ -75,7 +75,7 @@ def test_ceilings_count_what_is_read_and_written(monkeypatch):
     """A copy of n bytes moves 2 n; a product of two [s, s] matrices is 2 s^3 operations. The best round counts."""
     seen = {}
 
-    def interleaved(calls, rounds, warmup, device):
+    def interleaved(calls, rounds, warmup, device, clock):
         for call in calls.values():
             call()
         seen["target"], seen["out"] = calls["copy"].func.__self__, calls["gemm"].keywords["out"]

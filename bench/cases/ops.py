@@ -14,12 +14,13 @@ Rows; OP is a case, PHASE a phase, variants "ours", "eager", "compiled":
     gemm          gemm    flops_per_second: the ceiling of products
 
 A roofline has flops_PHASE / bytes_PHASE across and flops_per_second_PHASE up, under min(gemm, copy * flops / bytes).
-ceiling_share = max(bytes / copy, flops / gemm) / seconds; above 1 where tensors stay in a cache: the copy does not.
+ceiling_share = max(bytes / copy, flops / gemm) / seconds; above 1 where tensors stay in a cache: the copy does not. On a GPU
+seconds are the GPU's own, by events behind a fill that flushes the cache (bench/clock.py); on a CPU those of the whole call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -114,14 +115,17 @@ class Op:
 
 
 def run(options: Options) -> list[Row]:
+    return list(measure(options))
+
+
+def measure(options: Options) -> Iterator[Row]:
+    """Rows as they are found, op by op."""
     torch.set_num_threads(options.threads)
     model = Model(options.model, options.device)
     size = TINY if options.quick else Size.of(model)
     limits = ceilings(options.device, model.dtype, options.quick)
-    rows = [
-        Row(SUITE, f"copy{model.suffix}", "copy", "bytes_per_second", limits.bytes_per_second, "B/s"),
-        Row(SUITE, f"gemm{model.suffix}", "gemm", "flops_per_second", limits.flops_per_second, "FLOP/s"),
-    ]
+    yield Row(SUITE, f"copy{model.suffix}", "copy", "bytes_per_second", limits.bytes_per_second, "B/s")
+    yield Row(SUITE, f"gemm{model.suffix}", "gemm", "flops_per_second", limits.flops_per_second, "FLOP/s")
     for name, build in OPS.items():
         step(f"kernels: {name}")
         torch.manual_seed(0)
@@ -129,12 +133,11 @@ def run(options: Options) -> list[Row]:
             op = build(Draw(size, options.device, model.dtype))
             work = roofline.work(build(Draw(size, torch.device("meta"), model.dtype)))
         except (RuntimeError, ValueError) as error:  # a GPU or a width that the op cannot do
-            rows.append(failed(SUITE, f"{name}{model.suffix}", "ours", "seconds_forward", "s", error))
+            yield failed(SUITE, f"{name}{model.suffix}", "ours", "seconds_forward", "s", error)
             continue
         compiles = not (options.tour and name in PRODUCTS)
-        rows += roofline.measure(op, work, limits, options, model.suffix, compiles=compiles)
+        yield from roofline.measure(op, work, limits, options, model.suffix, compiles=compiles)
         del op
-    return rows
 
 
 # ---- the ops ---------------------------------------------------------------------------------------------------------

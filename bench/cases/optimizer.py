@@ -14,7 +14,7 @@ ema_relative_error.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bench.cases.roofline import Counted
-from bench.clock import interleaved, ratios, summary
+from bench.clock import interleaved, kernel_clock, ratios, summary
 from bench.results import Options, Row, Status, failed
 from bench.show import step
 from dopsd_kernels.adamw_ema import AdamWEMA
@@ -40,16 +40,20 @@ CASES = [(torch.bfloat16, "fp32"), (torch.float32, "fp32"), (torch.bfloat16, "lo
 
 
 def run(options: Options) -> list[Row]:
+    return list(measure(options))
+
+
+def measure(options: Options) -> Iterator[Row]:
+    """Rows as they are found, case by case."""
     torch.set_num_threads(options.threads)
-    rows = []
     for dtype, masters in CASES[:1] if options.tour else CASES:
         case = f"{str(dtype).removeprefix('torch.')}_gradients" + ("" if masters == "fp32" else f"@{masters}")
         step(f"optimizer: {case}")
-        rows += [*speed(case, dtype, masters, options), *errors(case, dtype, masters, options)]
+        yield from speed(case, dtype, masters, options)
+        yield from errors(case, dtype, masters, options)
         gc.collect()
         if options.device.type == "cuda":
             torch.cuda.empty_cache()
-    return rows
 
 
 class Ours:
@@ -131,7 +135,7 @@ def speed(case: str, dtype: torch.dtype, masters: str, options: Options) -> list
     del weights
     source = torch.zeros(1 << 20 if options.quick else COPY[options.device.type], dtype=torch.uint8, device=options.device)
     calls["copy"] = partial(torch.empty_like(source).copy_, source)
-    seconds = interleaved(calls, options.repeats(15, tour=7), 1, options.device, options.clock)
+    seconds = interleaved(calls, options.repeats(15, tour=7), 1, options.device, kernel_clock(options.device, options.clock))
 
     copied = seconds.pop("copy")
     needed = declared_bytes(elements, dtype, masters)

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.cases.meta_trace import FREE, GATHERS, _written, cost_of, moved
-from bench.clock import interleaved, ratios, summary
+from bench.clock import interleaved, kernel_clock, ratios, summary
 from bench.machine import Ceilings
 from bench.results import Options, Row, Status, failed
 from dopsd_kernels import launch, native_ops
@@ -34,7 +34,7 @@ NO_ARITHMETIC = {*FREE, *GATHERS, torch.ops.aten._to_copy, torch.ops.aten.copy_,
 Outcome = tuple[list[Tensor], list[Tensor]]
 """Results, gradients."""
 SHORTEST = 5e-3
-"""Seconds of a measurement at least: as many calls as take that long."""
+"""Seconds of a measurement on a CPU at least: as many calls as take that long."""
 CACHED = "above 1: its tensors stay in a cache, those of the ceiling's copy do not"
 FEWER = "above 1: it does fewer operations than it declares, or in shapes that suit the machine better than the ceiling's"
 
@@ -125,7 +125,7 @@ def measure(
             kind, note = status[name]
             rows += [Row(SUITE, case, name, metric, worst, "", status=kind, note=note) for metric, worst in errors.items()]
             try:
-                for phase, call in _calls(functions[name], op.tensors).items():
+                for phase, call in phases(functions[name], op.tensors).items():
                     call()
                     calls[phase][name] = call
             except Exception as error:  # as above
@@ -142,7 +142,7 @@ def measure(
     return rows
 
 
-def _calls(function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> dict[str, Callable[[], Any]]:
+def phases(function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> dict[str, Callable[[], Any]]:
     """By phase: forward without gradient, backward alone."""
     calls: dict[str, Callable[[], Any]] = {"forward": torch.no_grad()(partial(function, *tensors))}
     leaves = [t for t in tensors if t.requires_grad]
@@ -157,10 +157,12 @@ def _speed(
     case: str, name: str, suffix: str, phase: str, calls: Mapping[str, Callable[[], Any]], work: Work, limits: Ceilings,
     status: Mapping[str, tuple[Status, str]], options: Options,
 ) -> list[Row]:  # fmt: skip
-    once = max(values[-1] for values in interleaved(calls, 1, 1, options.device).values())
-    repeats = 1 if options.quick else max(1, round(SHORTEST / once))
+    clock, repeats = kernel_clock(options.device, options.clock), 1
+    if clock != "events" and not options.quick:  # events tell of a single call
+        once = max(values[-1] for values in interleaved(calls, 1, 1, options.device).values())
+        repeats = max(1, round(SHORTEST / once))
     many = {variant: partial(_repeat, call, repeats) for variant, call in calls.items()}
-    found = interleaved(many, options.repeats(30, tour=10), 2, options.device, options.clock)
+    found = interleaved(many, options.repeats(30, tour=10), 2, options.device, clock)
     seconds = {variant: [value / repeats for value in values] for variant, values in found.items()}
     rows = [
         Row(SUITE, case, "ours", f"bytes_{phase}", work.bytes, "B"),
