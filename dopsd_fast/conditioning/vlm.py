@@ -1,8 +1,9 @@
 """The image-seeing teacher's encoder: Qwen3-VL whose language model carries the pipeline's own text-encoder weights.
 
 The ViT, the connector and the VLM's config (its rope included) stay the VLM's. The chat template is that of the VLM's
-tokenizer, because the pipeline's (Qwen3) template drops image content. The image placeholder is expanded here:
-transformers' AutoProcessor would need torchvision.
+tokenizer, because the pipeline's (Qwen3) template drops image content. The image placeholder is expanded here,
+because transformers' AutoProcessor needs torchvision. So does its AutoImageProcessor up to 5.17, whatever backend is asked for;
+the class that it would choose for a Qwen3-VL needs Pillow alone, and is named here.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class VisionLanguageEncoder:
     """`encode(prompt, images)` -> hidden_states[-2], `[tokens, D]`. Holds the VLM without its language head."""
 
     def __init__(self, folder: Path, text_encoder, min_pixels: int, max_pixels: int, max_tokens: int):
-        from transformers import AutoImageProcessor, Qwen3VLForConditionalGeneration
+        from transformers import Qwen2VLImageProcessorPil, Qwen3VLForConditionalGeneration
 
         check_vlm_folder(folder)
         self.folder, self.max_tokens = folder, max_tokens
@@ -69,7 +70,7 @@ class VisionLanguageEncoder:
         if self.tokenizer.chat_template is None:
             self.tokenizer.chat_template = _legacy_template(folder)
         try:
-            self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+            self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise UserError(f"{folder}: cannot load its image processor: {one_line(error)}") from error
         self.size = {
