@@ -1,4 +1,7 @@
-"""`deepspeed dopsd_fast/train.py [RECIPE | FILE.toml] [field=value ...]`: train. `--help` lists every field."""
+"""`deepspeed dopsd_fast/train.py [RECIPE | FILE.toml] [field=value ...]`: train. `--help` lists every field.
+
+From an installed package: `deepspeed --module dopsd_fast.train ...`.
+"""
 
 import contextlib
 import os
@@ -8,7 +11,13 @@ from typing import NoReturn
 
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
-sys.path.insert(0, str(HERE.parent))
+if all(Path(entry or ".").resolve() != HERE.parent for entry in sys.path):
+    # In a checkout that is not installed. Where it is, its folder stays where it was: site-packages has no place before the
+    # standard library.
+    sys.path.insert(0, str(HERE.parent))
+
+# Everything is read from local folders. This keeps the libraries from asking a hub all the same; who sets it keeps the say.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from dopsd_fast.errors import AgreedError, UserError  # noqa: E402
 from dopsd_fast.peers import LostPeer  # noqa: E402

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -9,6 +10,9 @@ import torch
 from ..errors import UserError
 
 TEXT_ENCODERS = ("Qwen3Model", "Qwen3ForCausalLM")
+ATTENTION = "sdpa"
+"""What transformers chooses by itself for the encoders. It is named because config.json could otherwise name code on a hub,
+which transformers would fetch and run."""
 
 
 def load_pretrained(loader, folder: Path, **options):
@@ -18,17 +22,29 @@ def load_pretrained(loader, folder: Path, **options):
     """
     from safetensors import SafetensorError
 
+    _refuse_other_formats(folder)
     try:
         model, info = loader.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(f"cannot load {loader.__name__} from {folder}: {one_line(error)}") from error
     wrong = sorted(str(n) for n in [*info["missing_keys"], *info["mismatched_keys"]] if "lm_head" not in str(n))
     if wrong:
         found = f"{len(wrong)} weights of {loader.__name__} are missing or misshapen, first {wrong[0]}"
         raise UserError(f"{folder}: {found}; the folder is incomplete, fetch it again")
     return model.eval().requires_grad_(False)
+
+
+def _refuse_other_formats(folder: Path) -> None:
+    """UserError where an index names a file that is no safetensors: transformers would unpickle it, whatever it is told."""
+    for index in sorted(Path(folder).glob("*.safetensors.index.json")):
+        try:
+            names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is no index of weights: {one_line(error)}; fetch it again") from error
+        if other := sorted(name for name in names if not name.endswith(".safetensors")):
+            raise UserError(f"{index} names {other[0]}: weights are read from .safetensors files only, convert the model")
 
 
 def one_line(error: BaseException) -> str:
@@ -41,15 +57,17 @@ def load_text_encoder(folder: Path, class_name: str, device, dtype: torch.dtype)
 
     if class_name not in TEXT_ENCODERS:
         raise UserError(f"{folder}: text encoder {class_name} is not supported, expected {' or '.join(TEXT_ENCODERS)}")
-    return load_pretrained(getattr(transformers, class_name), folder, dtype=dtype).base_model.to(device)
+    loader = getattr(transformers, class_name)
+    return load_pretrained(loader, folder, dtype=dtype, attn_implementation=ATTENTION).base_model.to(device)
 
 
 def load_tokenizer(folder: Path):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        # Unless it is told no, it asks on the terminal whether it may run a folder's own code.
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"cannot load the tokenizer from {folder}: {one_line(error)}") from error
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ..errors import UserError
-from .text import load_pretrained, load_tokenizer, one_line
+from .text import ATTENTION, load_pretrained, load_tokenizer, one_line
 
 IMAGE_TOKEN = "<|image_pad|>"
 
@@ -77,7 +77,8 @@ class VisionLanguageEncoder:
             "shortest_edge": min_pixels or self.processor.size["shortest_edge"],
             "longest_edge": max_pixels or self.processor.size["longest_edge"],
         }
-        model = load_pretrained(Qwen3VLForConditionalGeneration, folder, dtype=text_encoder.dtype).model
+        options = dict(dtype=text_encoder.dtype, attn_implementation=ATTENTION)
+        model = load_pretrained(Qwen3VLForConditionalGeneration, folder, **options).model
         self.image_id = model.config.image_token_id
         token = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         if token != self.image_id:
