@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dopsd_fast.conditioning.fingerprint import NOT_READ, digest
+from dopsd_fast.conditioning.fingerprint import NOT_READ, digest, sampled_digest
 from dopsd_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,10 +26,6 @@ OWN_ON_EACH_RANK = ("resume", "output.dir", "model.path", "data.path", "data.roo
                     "conditioning.vlm_path", "train.threads")
 """Settings that may differ: rank 0 alone uses them, or they are places whose contents are compared."""
 LIBRARIES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "numpy", "pillow")
-SAMPLES, SAMPLE_BYTES = 64, 4096
-WHOLE_BYTES = 1 << 20
-"""Files up to this size are read whole; of larger ones the beginning, SAMPLES pieces and the size: training a model changes
-nearly every byte, and reading 12 GB again on every rank would cost a minute."""
 
 
 def difference(account: Account, names: Callable[[int], str], settings: Settings) -> str:
@@ -98,7 +93,7 @@ def of_program(settings: Settings) -> Account:
 
 def of_input(family: Family, data: Dataset) -> Account:
     """The model's files and the records, as read."""
-    return {"model": _model_files(family), "records": _records(data)}
+    return {"model": _model_files(family), "records": of_records(data)}
 
 
 def of_contexts(data: Dataset, keys: dict[tuple, str], fingerprints: dict[str, str]) -> Account:
@@ -160,22 +155,8 @@ def _model_files(family: Family) -> dict[str, str]:
     return {name: sampled_digest(file) for name, file in files.items()}
 
 
-def sampled_digest(file: Path) -> str:
-    """sha256 of a small file; of a large one its size, its first WHOLE_BYTES / 16 bytes, and pieces spread evenly over it."""
-    try:
-        with open(file, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            hasher = hashlib.sha256(f"{size}|".encode())
-            hasher.update(stream.read(WHOLE_BYTES if size <= WHOLE_BYTES else WHOLE_BYTES // 16))
-            for i in range(SAMPLES if size > WHOLE_BYTES else 0):
-                stream.seek((size - SAMPLE_BYTES) * (i + 1) // SAMPLES)
-                hasher.update(stream.read(SAMPLE_BYTES))
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from error
-    return hasher.hexdigest()
-
-
-def _records(data: Dataset) -> dict[str, Any]:
+def of_records(data: Dataset) -> dict[str, Any]:
+    """By index: what each record was read as, its images by their content."""
     found = {}
     for record in data.records:
         names = [str(file.relative_to(data.root) if file.is_relative_to(data.root) else file) for file in record.images]
@@ -187,6 +168,7 @@ def _records(data: Dataset) -> dict[str, Any]:
             "size": record.size,
             "bucket": [record.height, record.width],
             "size in bytes": [_bytes(file) for file in record.images],
+            "content": record.content,
         }
     return found
 

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from dopsd_fast import checkpoints
 from dopsd_fast.checkpoints import CheckpointReader
-from dopsd_fast.errors import UserError
+from dopsd_fast.errors import UserError, require_platform
 from dopsd_fast.export import DTYPES, Shard, arrange, atomic_folder, source_shards, write_full
 from dopsd_fast.families import Family, open_family
 from dopsd_fast.settings import Settings, load_settings
+from dopsd_kernels.adamw_ema_triton import untie_
 
 KINDS = {"student": "master", "teacher": "ema"}
 PLACES = {"student": "export", "teacher": "export_teacher"}
@@ -39,6 +40,7 @@ EXPORT_HAS = ("model_index.json", "adapter_config.json", *PLACES.values())
 def main(argv: list[str]) -> int:
     """0: written. 2: not written, for a reason that is said in one line. 130: interrupted."""
     try:
+        require_platform()
         print(convert(_arguments(argv)))
         return 0
     except UserError as error:
@@ -81,6 +83,8 @@ class _Plan(ABC):
     reader: CheckpointReader
     shapes: dict[str, list[int]]
     model: Path
+    untie: bool
+    """The run kept masters as low bits, see `untie_`."""
 
     def check(self, kind: str) -> None:
         """UserError unless the checkpoint holds just these tensors, in these sizes."""
@@ -99,7 +103,8 @@ class _Plan(ABC):
     def tensors(self, kind: str, buffer: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
         """Each lies in `buffer`, where that is given, until the next is asked for."""
         for name, shape in self.shapes.items():
-            yield name, self.reader(name, kind, 0, torch.Size(shape).numel(), buffer).view(shape)
+            found = self.reader(name, kind, 0, torch.Size(shape).numel(), buffer)
+            yield name, (untie_(found) if self.untie else found).view(shape)
 
     @abstractmethod
     def write(self, kind: str, folder: Path) -> None:
@@ -126,7 +131,7 @@ class _LoraPlan(_Plan):
     dtype: torch.dtype
 
     def write(self, kind: str, folder: Path) -> None:
-        self.family.save_lora(folder, {name: tensor.to(self.dtype) for name, tensor in self.tensors(kind)}, self.config)
+        self.family.save_lora(folder, dict(self.tensors(kind)), self.config, self.dtype)
 
 
 def _full(family: Family, settings: Settings, reader: CheckpointReader, arguments: argparse.Namespace) -> _Plan:
@@ -135,7 +140,7 @@ def _full(family: Family, settings: Settings, reader: CheckpointReader, argument
     if arguments.dtype != "source" or arguments.max_shard_size:
         shards = arrange(stored, STORED[arguments.dtype], arguments.max_shard_size)
     shapes = {name: entry["shape"] for shard in shards or stored for name, entry in shard.entries.items()}
-    return _FullPlan(reader, shapes, family.path, family, shards)
+    return _FullPlan(reader, shapes, family.path, settings.train.masters == "low_bits", family, shards)
 
 
 def _lora(family: Family, settings: Settings, reader: CheckpointReader, arguments: argparse.Namespace) -> _Plan:
@@ -147,7 +152,7 @@ def _lora(family: Family, settings: Settings, reader: CheckpointReader, argument
     config = add_adapters(model, targets, adapter.rank, adapter.alpha, settings.train.seed, [STUDENT])
     shapes = {name.replace(f".{STUDENT}.", "."): list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     dtype = torch.float32 if arguments.dtype == "source" else DTYPES[STORED[arguments.dtype]]
-    return _LoraPlan(reader, shapes, family.path, family, config, dtype)
+    return _LoraPlan(reader, shapes, family.path, settings.train.masters == "low_bits", family, config, dtype)
 
 
 def _find(path: Path) -> tuple[Path, Path]:

@@ -4,7 +4,9 @@ Everything a file can be is settled here: EXIF orientation is applied, transpare
 palette and 16-bit images become 8-bit RGB. A file that is no usable image is a UserError that names it.
 """
 
+import functools
 import hashlib
+import mimetypes
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +17,14 @@ from PIL import Image
 
 from dopsd_fast.errors import UserError
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_NO_DECODER = frozenset("BUFR EPS GRIB HDF5 MPEG PDF WMF".split())
+"""Formats that Pillow knows by name but decodes only with another program (EPS runs Ghostscript) or not at all."""
+_OTHER_PICTURES = frozenset(
+    ".3fr .ai .arw .bpg .cdr .cr2 .cr3 .crw .dcr .djvu .dng .emf .eps .erf .exr .fff .flif .hdr .heic .heics .heif .heifs .hif "
+    ".iiq .jxl .jxr .kdc .kra .mef .mrw .nef .nrw .orf .pef .ps .psb .raf .raw .rw2 .sr2 .srf .srw .svg .svgz .wdp .wmf .x3f "
+    ".xcf".split()
+)
+"""Endings of pictures that no decoder of Pillow's reads: camera raws, vector drawings, newer codecs, project files."""
 
 # Larger files are refused from the header alone; about 9459^2, the limit from which Pillow warns.
 MAX_PIXELS = 89_478_485
@@ -34,6 +43,26 @@ _TURN = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+@functools.cache
+def readable_suffixes() -> frozenset[str]:
+    """Endings (small letters, with the dot) of the picture types that the installed Pillow decodes by itself."""
+    Image.init()
+    opened = Image.OPEN.keys() - _NO_DECODER | {"MPO"}  # which the decoder of JPEG opens
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in opened)
+
+
+def is_readable(name: str | Path) -> bool:
+    """Whether the name's ending is that of a picture that can be read; the case of letters does not matter."""
+    return Path(name).suffix.lower() in readable_suffixes()
+
+
+def is_other_picture(name: str | Path) -> bool:
+    """Whether the name's ending is that of a picture of a type that cannot be read."""
+    suffix = Path(name).suffix.lower()
+    kind = mimetypes.guess_type(f"a{suffix}", strict=False)[0] or ""
+    return not is_readable(name) and (suffix in _OTHER_PICTURES or kind.startswith("image/"))
 
 
 def check_image(path: Path) -> tuple[int, int]:

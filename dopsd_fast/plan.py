@@ -268,7 +268,9 @@ def find_family(settings: Settings) -> tuple[Any, str]:
     if not model.folder.is_dir() and model.family in PUBLISHED:
         title = PUBLISHED[model.family]["title"]
         return published_family(model.family, settings.conditioning), f"published {title} ({model.path} is not here)"
-    return open_family(model.folder, settings.conditioning, model.family), str(model.path)
+    family = open_family(model.folder, settings.conditioning, model.family)
+    family.check_variant(model.allow)
+    return family, str(model.path)
 
 
 # ---- the command -------------------------------------------------------------------------------------------------------

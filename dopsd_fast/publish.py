@@ -6,6 +6,8 @@ model draws the same picture is looked at where there is room for a second copy 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +20,11 @@ from torch import Tensor
 from dopsd_fast.errors import UserError
 from dopsd_fast.export import DTYPES, Shard, export_full, export_lora, weight_files
 from dopsd_fast.families import open_family
+from dopsd_fast.families.base import scaled_lora
 from dopsd_fast.sampling import rollout
 from dopsd_fast.teacher import STUDENT, Pair, fuse
+from dopsd_fast.telemetry import free_memory, is_out_of_memory
+from dopsd_kernels.adamw_ema_triton import untie_
 
 if TYPE_CHECKING:
     from dopsd_fast.showcase import Shown
@@ -42,13 +47,14 @@ def publish(trainer: Trainer) -> list[str]:
         _check_weights(trainer, branch, out)
         said = "every weight is the live one"
         if not trainer.engine.any(not _has_room(trainer)):
-            said = f"pixels differ by at most {_compare(trainer, branch, out)} of 255"
+            difference = _compare(trainer, branch, out)
+            said = f"pixels differ by at most {difference} of 255" if difference is not None else said
         lines.append(f"{name + '/':14} {branch}, read back: {said}")
     return lines + _how_to_sample(trainer)
 
 
 def _export(trainer: Trainer, branch: str, out: Path) -> None:
-    tensors = trainer.engine.full_tensors(branch)
+    tensors = _tensors(trainer, branch)
     problem = ""
     if trainer.rank == 0:
         try:
@@ -61,6 +67,13 @@ def _export(trainer: Trainer, branch: str, out: Path) -> None:
     for _ in tensors:  # the other ranks take part in every gather, and so does rank 0 after a failure
         pass
     trainer.agree(problem)
+
+
+def _tensors(trainer: Trainer, branch: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, value) of every weight, so that its rounding is the live weight. A collective call."""
+    low_bits = trainer.settings.train.masters == "low_bits"
+    for name, tensor in trainer.engine.full_tensors(branch):
+        yield name, untie_(tensor) if low_bits and tensor.dtype == torch.float32 else tensor
 
 
 def _check_weights(trainer: Trainer, branch: str, out: Path) -> None:
@@ -78,11 +91,13 @@ def _check_weights(trainer: Trainer, branch: str, out: Path) -> None:
                     stored |= dict.fromkeys(handle.keys(), handle)
             except (OSError, SafetensorError, UserError) as error:
                 problem = f"{out} was written but cannot be read back: {error}"
-        for name, tensor in trainer.engine.full_tensors(branch):  # a collective call: nobody leaves early
+        for name, tensor in _tensors(trainer, branch):  # a collective call: nobody leaves early
             if trainer.rank or problem:
                 continue
             try:
                 found = stored[prefix + name].get_tensor(prefix + name)
+                if not full:
+                    tensor = scaled_lora(name, tensor, trainer.pair.lora_config)
                 if not torch.equal(_bits(found), _bits(tensor.to(found.dtype))):
                     problem = f"{out} was read back and its {name} is not what was written: do not use this export"
             except (OSError, SafetensorError, KeyError) as error:
@@ -118,23 +133,34 @@ def _free_memory() -> float:
         return float("inf")
 
 
-def _compare(trainer: Trainer, branch: str, out: Path) -> int:
-    """Largest pixel difference between the live branch and what was read back, on the first record's prompt."""
-    shown = replace(trainer.showcase.row(trainer.data.records[0]), record=None)
-    live = trainer.showcase.latent(branch, shown, 0)
-    difference = 0
+def _compare(trainer: Trainer, branch: str, out: Path) -> int | None:
+    """Largest pixel difference between the live branch and what was read back, on the first record's prompt; None where that
+    does not fit the memory after all."""
+    difference: int | None = 0
     with trainer.together():
-        if trainer.rank == 0:
-            pair = [_pixels(trainer, latent) for latent in (live, _read_back(trainer, shown, out))]
-            difference = int(np.abs(pair[0] - pair[1]).max())
+        try:
+            difference = _difference(trainer, branch, out)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            difference = None
+        if trainer.rank == 0 and difference is not None:
             if difference > (LARGEST_ROUNDED_DIFFERENCE if _is_rounded(trainer, out) else LARGEST_DIFFERENCE):
                 raise UserError(
                     f"{out} was read back and draws another picture (pixels differ by up to {difference} of 255): "
                     "the checkpoints are good, do not use this export"
                 )
-    if trainer.device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory(trainer.device)
     return difference
+
+
+def _difference(trainer: Trainer, branch: str, out: Path) -> int:
+    shown = replace(trainer.showcase.row(trainer.data.records[0]), record=None)
+    live = trainer.showcase.latent(branch, shown, 0)  # on every rank: a sharded model needs them all
+    if trainer.rank:
+        return 0
+    pair = [_pixels(trainer, latent) for latent in (live, _read_back(trainer, shown, out))]
+    return int(np.abs(pair[0] - pair[1]).max())
 
 
 def _read_back(trainer: Trainer, shown: Shown, out: Path) -> Tensor:
@@ -159,24 +185,29 @@ def _pixels(trainer: Trainer, latent: Tensor) -> np.ndarray:
 
 
 def _is_rounded(trainer: Trainer, out: Path) -> bool:
+    """What was read back may differ from the live weights by a rounding: it is stored in fewer bits, or B was rounded after it
+    was scaled by what is no power of two."""
     if trainer.pair.lora_config is not None:
-        return False
+        scale = trainer.pair.lora_config.lora_alpha / trainer.pair.lora_config.r
+        return trainer.dtype == torch.bfloat16 and math.frexp(scale)[0] != 0.5
     entries = [entry for file in weight_files(out / "transformer") for entry in Shard.read(file).entries.values()]
     return any(DTYPES[entry["dtype"]].itemsize < trainer.dtype.itemsize for entry in entries)
 
 
 def _how_to_sample(trainer: Trainer) -> list[str]:
     family, out = trainer.family, trainer.folder / "export"
+    pipeline = family.index["_class_name"]
     full = trainer.pair.lora_config is None
     steps = trainer.settings.sample.steps or family.deployment_steps
     half = trainer.dtype == torch.bfloat16
     return [
         "to sample from it:",
         *(["  import torch"] if half else []),
-        f"  from diffusers import {family.pipeline_class}",
-        f'  pipe = {family.pipeline_class}.from_pretrained("{out if full else family.path}"'
+        f"  from diffusers import {pipeline}",
+        f'  pipe = {pipeline}.from_pretrained("{out if full else family.path}"'
         + (", torch_dtype=torch.bfloat16)" if half else ")"),
         *([] if full else [f'  pipe.load_lora_weights("{out}")']),
-        f'  pipe(prompt="...", sigmas=[1 - i / {steps} for i in range({steps})], guidance_scale={family.guidance_scale:g}, '
+        f'  pipe(prompt="...", num_inference_steps={steps}, sigmas=[1 - i / {steps} for i in range({steps})], '
+        + (f"guidance_scale={family.guidance_scale:g}, " if pipeline == family.pipeline_class else "") +
         f"height={trainer.data.records[0].height}, width={trainer.data.records[0].width}).images[0]",
     ]

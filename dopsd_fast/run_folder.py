@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import time
@@ -13,13 +14,17 @@ from typing import IO, Any
 from dopsd_fast import checkpoints
 from dopsd_fast.errors import UserError
 from dopsd_fast.export import link_tree
+from dopsd_fast.records import some_of
 from dopsd_fast.settings import Settings, load_settings
 
 PARTS = ("metrics.jsonl", "checkpoints", "samples", "tensorboard", "export", "export_teacher")
 """What a run leaves beside its settings.toml. Without any of them there is nothing to lose, and nothing to continue."""
 
-MAY_CHANGE = ("resume", "recipe", "output.", "sample.every", "checkpoint.", "train.threads", "conditioning.cache",
-              "conditioning.folder", "data.skip_bad")
+DATA = "data.json"
+"""The records that the run began with: {"format": 1, "records": {index: fields}}, as `agreement.of_records` gives them."""
+
+MAY_CHANGE = ("resume", "recipe", "model.allow", "output.", "sample.every", "checkpoint.", "train.threads",
+              "conditioning.cache", "conditioning.folder", "data.skip_bad")
 """Settings that never enter the numbers of a step, and so may differ when a run continues."""
 
 SAME_SUMS = ("deepspeed.stage", "deepspeed.gather", "train.masters", "train.activations", "train.attention", "backbone",
@@ -65,21 +70,27 @@ class FolderLock:
 
 
 def open_run(
-    settings: Settings, global_batch: int, lock: FolderLock, say: Callable[[str], None]
+    settings: Settings, global_batch: int, records: dict[str, Any], lock: FolderLock, say: Callable[[str], None]
 ) -> tuple[Path, Path | None]:
     """The run folder, made if need be and locked, and the checkpoint to go on from (None: from the start). Rank 0 calls it.
 
+    records: what the data set was read as (`agreement.of_records`).
+
     resume=never takes a folder without a run; auto begins or continues; a path to a run or to one of its checkpoints
     continues there, or in another output.dir, which then starts as a copy of the run up to that checkpoint. Raises
-    UserError when the folder holds a run that may not be continued, or one with other settings, or cannot be written.
+    UserError when the folder holds a run that may not be continued, or one with other settings or other records, or cannot
+    be written.
     """
     try:
-        return _open(settings, global_batch, lock, say)
+        return _open(settings, global_batch, records, lock, say)
     except OSError as error:
         raise UserError(f"output.dir={error.filename or settings.output.dir}: cannot be written ({error.strerror})") from error
 
 
-def _open(settings: Settings, global_batch: int, lock: FolderLock, say: Callable[[str], None]) -> tuple[Path, Path | None]:
+def _open(
+    settings: Settings, global_batch: int, records: dict[str, Any], lock: FolderLock, say: Callable[[str], None]
+) -> tuple[Path, Path | None]:
+    records = json.loads(json.dumps(records))  # as it is read back
     source = _named_checkpoint(settings.resume) if settings.resume not in ("auto", "never") else None
     if settings.output.dir:
         folder = Path(settings.output.dir).expanduser()
@@ -94,13 +105,14 @@ def _open(settings: Settings, global_batch: int, lock: FolderLock, say: Callable
     _check_free(folder, settings, in_place)  # the process that was waited for may have begun a run here
 
     if source is not None and not in_place:
-        _check_same(settings, source.parent.parent, source, global_batch)
+        _check_same(settings, source.parent.parent, source, global_batch, records)
         _branch(source, folder)
     found = checkpoints.latest(folder / "checkpoints")
     if _holds_run(folder):
-        _check_same(settings, folder, found, global_batch)
+        _check_same(settings, folder, found, global_batch, records)
     if in_place and found is not None and source is not None and found.name != source.name:
         raise UserError(f"resume={settings.resume}: {folder} has gone on to {found.name}: give another output.dir")
+    _write(folder / DATA, json.dumps({"format": 1, "records": records}, indent=1) + "\n")
     output = settings.output.model_copy(update={"dir": str(folder)})
     _write(folder / "settings.toml", settings.model_copy(update={"output": output}).to_toml())
     return folder, found
@@ -164,8 +176,11 @@ def _branch(source: Path, folder: Path) -> None:
     begun.rename(folder / "checkpoints")
 
 
-def _check_same(settings: Settings, run: Path, checkpoint: Path | None, global_batch: int) -> None:
-    """The run's settings are `settings`, as far as its numbers depend on them."""
+def _check_same(
+    settings: Settings, run: Path, checkpoint: Path | None, global_batch: int, records: dict[str, Any]
+) -> None:
+    """The run's settings are `settings`, as far as its numbers depend on them, and where it has a checkpoint its records are
+    `records`: their number and order decide which of them, and which noise, belongs to a step."""
     now, before = settings, load_settings([str(run / "settings.toml")])
     ran = checkpoints.read_extra(checkpoint).get("global_batch") if checkpoint is not None else None
     old, new = _flat(before.model_dump()), _flat(now.model_dump())
@@ -186,6 +201,46 @@ def _check_same(settings: Settings, run: Path, checkpoint: Path | None, global_b
     if ran is not None and ran != global_batch:
         raise UserError(f"{run} holds a run with {ran} samples a step, now train.batch_size={now.train.batch_size} x "
                         f"train.accumulation={now.train.accumulation} x the number of ranks = {global_batch}: make them equal")
+    began = _read_data(run / DATA) if checkpoint is not None else None
+    if began is not None and (changes := _changes(began, records)):
+        raise UserError(f"data.path={now.data.path} is not what {run} began with: {changes}: restore the data set to continue "
+                        "the run, or begin another in a new output.dir")
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two accounts of the same data set, in one line; empty: nothing."""
+    old, new = _by_name(before), _by_name(now)
+    added, removed = [new[key]["file"] for key in new if key not in old], [old[key]["file"] for key in old if key not in new]
+    found = [f"{len(names)} record(s) {what} ({some_of(names)})" for names, what in ((added, "added"), (removed, "removed"))
+             if names]
+    for field, what in (("content", "the picture"), ("prompts", "the prompts"), ("images", "the list of pictures"),
+                        ("size", "the stated size"), ("bucket", "the bucket")):
+        names = [new[key]["file"] for key in new if key in old and old[key].get(field) != new[key].get(field)]
+        found += [f"{what} of {some_of(names)} changed"] if names else []
+    if not found and before != now:
+        found = ["the order of its records or of their prompts changed"]
+    return "; ".join(found)
+
+
+def _by_name(records: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
+    """By the name of the target's file and how often it was met before."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    counts: dict[str, int] = {}
+    for record in records.values():
+        counts[record["file"]] = counts.get(record["file"], -1) + 1
+        found[record["file"], counts[record["file"]]] = record
+    return found
+
+
+def _read_data(file: Path) -> dict[str, Any] | None:
+    """The records that a run began with; None for a run of before they were kept, UserError for a damaged file."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["records"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}): it says which records this run began with; remove it to continue "
+                        "without that check") from None
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -55,6 +55,10 @@ class ModelSettings(Section):
     """Pipeline folder in the diffusers layout; "nano" is the embedded one."""
     family: Literal["auto", "zimage", "flux2_klein"] = "auto"
     """Model family; auto reads it from the folder's model_index.json."""
+    allow: list[Literal["base", "kv", "guidance", "size", "shift"]] = []
+    """Train on a variant that the family's few steps are not made for, instead of refusing it: base, a checkpoint that is not
+    distilled; kv, klein's variant with cached references; guidance, a transformer with a guidance embedding; size, one of
+    another size than the published ones; shift, a scheduler that shifts time otherwise than the deployed one."""
 
     @property
     def folder(self) -> Path:

@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from dopsd_fast.buckets import item_seed
+from dopsd_fast.errors import UserError
 from dopsd_fast.images import load_image
 from dopsd_fast.sampling import rollout
-from dopsd_fast.telemetry import compose
+from dopsd_fast.telemetry import compose, free_memory, is_out_of_memory
 
 if TYPE_CHECKING:
     from dopsd_fast.records import Record
@@ -40,6 +41,8 @@ class Showcase:
         self.trainer = trainer
         self.folder = trainer.folder / "samples"
         self.last: Path | None = None
+        self.lost: list[str] = []
+        """Why each picture that did not fit the memory was left out, since the last grid."""
         s, records = trainer.settings, trainer.data.records
         self.rows = [self.row(r) for r in records[: s.sample.count]] + [
             Shown(prompt, None, records[0].height, records[0].width) for prompt in s.sample.prompts
@@ -56,15 +59,18 @@ class Showcase:
         if not self.rows or first:
             return
         before = self.pictures("student")
+        self.tell_lost("the start", len(before))
         if self.trainer.rank == 0:
             (self.folder / "before").mkdir(parents=True, exist_ok=True)
             for i, picture in enumerate(before):
-                picture.save(self.folder / "before" / f"{i:02}.png")
+                if picture is not None:
+                    picture.save(self.folder / "before" / f"{i:02}.png")
 
     def draw(self, step: int) -> None:
         if not self.rows:
             return
         student, teacher = self.pictures("student"), self.pictures("teacher")
+        self.tell_lost(f"step {step}", len(student) + len(teacher))
         if self.trainer.rank:
             return
         rows = []
@@ -81,14 +87,33 @@ class Showcase:
         compose(HEADINGS, rows).save(part, format="PNG")
         part.replace(self.last)
 
-    def pictures(self, branch: str) -> list[Image.Image]:
-        """One picture per row; on other ranks than 0 an empty list."""
-        out: list[Image.Image] = []
-        for i, shown in enumerate(self.rows):
-            latent = self.latent(branch, shown, i)
-            if self.vae is not None:
-                out += self.trainer.family.decode(self.vae, latent)
-        return out
+    def pictures(self, branch: str) -> list[Image.Image | None]:
+        """One picture per row, None for one that does not fit the memory and on other ranks than 0."""
+        return [self.picture(branch, shown, i) for i, shown in enumerate(self.rows)]
+
+    def picture(self, branch: str, shown: Shown, index: int) -> Image.Image | None:
+        """A picture that does not fit is left out: it is no reason to end a run. Under ZeRO-3 only its decoding can be: a rank
+        that fails while it samples leaves the others waiting for its shards. Raises UserError there."""
+        latent = None
+        try:
+            latent = self.latent(branch, shown, index)
+            return self.trainer.family.decode(self.vae, latent)[0] if self.vae is not None else None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            why = " ".join(str(error).split()[:12])
+        if latent is None and self.trainer.engine.stage == 3:
+            raise UserError(f"out of memory while drawing a sample ({why}...), which ZeRO-3 cannot leave out: draw none "
+                            "(sample.every=0 sample.count=0 sample.prompts=[]); resume=auto continues from the last checkpoint")
+        free_memory(self.trainer.device)
+        self.lost.append(why)
+        return None
+
+    def tell_lost(self, when: str, drawn: int) -> None:
+        if self.lost:
+            self.trainer.say(f"samples of {when}: {len(self.lost)} of {drawn} did not fit the memory and are left out "
+                             f"({self.lost[0]}...); training goes on. sample.count and sample.prompts choose fewer")
+        self.lost = []
 
     def latent(self, branch: str, shown: Shown, index: int) -> Tensor:
         """x_1 `[1, C, h, w]`: the student from the text; the teacher from the text and the target image where there is one."""

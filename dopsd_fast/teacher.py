@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -253,6 +254,19 @@ def lora_coverage(transformer: nn.Module, targets: Sequence[str]) -> dict[str, i
     list)."""
     names = _linear_names(transformer)
     return {target: sum(_matches(name, target) for name in names) for target in targets}
+
+
+def coverage_by_kind(
+    transformer: nn.Module, targets: Sequence[str], kinds: Mapping[str, str]
+) -> dict[str, tuple[int, int]]:
+    """Kind of matrix -> (linear layers that `targets` match, linear layers of the kind). kinds: as `Family.lora_kinds`;
+    layers of none of them are "other", and left out where none of those is adapted."""
+    counts = {kind: [0, 0] for kind in (*kinds, "other")}
+    for name in _linear_names(transformer):
+        kind = next((kind for kind, pattern in kinds.items() if re.search(pattern, name)), "other")
+        counts[kind][0] += any(_matches(name, target) for target in targets)
+        counts[kind][1] += 1
+    return {kind: (adapted, there) for kind, (adapted, there) in counts.items() if there and (adapted or kind != "other")}
 
 
 def add_adapters(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -117,10 +118,35 @@ def compose(headings: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Im
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    """One line of at most `width` pixels: line breaks, tabs and other characters that are not printed become spaces, and what
+    is too long ends in dots. The longest beginning that fits is found by halving, so a caption of any length takes no time."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text[: 8 * width]).split())
     text = text.encode("latin-1", "replace").decode("latin-1")
-    while draw.textlength(text) > width:
-        text = text[:-4].rstrip(".") + "..."
-    return text
+    if draw.textlength(text[:width]) <= width and len(text) <= width:
+        return text
+    fits, too_long = 0, min(len(text), width)  # no character is narrower than a pixel
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        if draw.textlength(text[:middle].rstrip() + "...") <= width:
+            fits = middle
+        else:
+            too_long = middle
+    return text[:fits].rstrip() + "..."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, its allocators or Python failed for want of memory; torch has an exception of its own on GPUs only."""
+    said = ("out of memory", "DefaultCPUAllocator", "not enough memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+    )
+
+
+def free_memory(device: torch.device) -> None:
+    """Gives back what is no longer used, after an error whose traceback may have held it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 class Deaf:

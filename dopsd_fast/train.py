@@ -19,13 +19,18 @@ if all(Path(entry or ".").resolve() != HERE.parent for entry in sys.path):
 # Everything is read from local folders. This keeps the libraries from asking a hub all the same; who sets it keeps the say.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from dopsd_fast.errors import AgreedError, UserError  # noqa: E402
+from dopsd_fast.errors import AgreedError, UserError, require_platform  # noqa: E402
 from dopsd_fast.peers import LostPeer  # noqa: E402
 from dopsd_fast.settings import help_text, load_settings, wants_help  # noqa: E402
 from dopsd_fast.stopping import StopRequest  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
+    try:
+        require_platform()  # before signals are looked at, which Windows has fewer of
+    except UserError as error:
+        complain(str(error))
+        return 2
     stop = StopRequest()
     rank = int(os.environ.get("RANK", "0"))
     if wants_help(argv):

@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,13 +28,13 @@ from dopsd_fast.objective import NonFiniteLoss, StepInputs, StepReport, make_obj
 from dopsd_fast.peers import Peers
 from dopsd_fast.plan import Plan, make_plan
 from dopsd_fast.publish import publish
-from dopsd_fast.records import Record, read_records
+from dopsd_fast.records import NAMED, Record, read_records
 from dopsd_fast.run_folder import FolderLock, open_run
 from dopsd_fast.settings import Settings
 from dopsd_fast.sharding import Engine, init_distributed
 from dopsd_fast.showcase import Showcase
 from dopsd_fast.stopping import StopRequest
-from dopsd_fast.teacher import add_adapters, build_pair
+from dopsd_fast.teacher import add_adapters, build_pair, coverage_by_kind
 from dopsd_fast.telemetry import MetricsLog, Phases, outlive_console, peak_memory, quiet_libraries
 from dopsd_fast.trajectory import draw_times, grid_shift
 
@@ -88,13 +88,15 @@ class Trainer:
             check_world(settings, self.world, self.device.type)
         with self.together():
             self.family = open_family(settings.model.folder, self._conditioning(), settings.model.family)
+            self.variants = self.family.check_variant(settings.model.allow)
             self.data = read_records(settings.data, self.family.pixel_multiple)
             self.batches_per_epoch = len(self._plan(0))
             self._check_model()
             self.compare(agreement.of_input(self.family, self.data))
         self.plan = self._rank0(self._planned)
         self.lock = FolderLock()
-        self.folder, found = self._rank0(lambda: open_run(settings, self.global_batch, self.lock, self.say))
+        self.folder, found = self._rank0(lambda: open_run(
+            settings, self.global_batch, agreement.of_records(self.data), self.lock, self.say))
         peers.register(self.folder)
         self.first = int(checkpoints.read_extra(found)["step"]) if found is not None else 0
         if self.first > settings.train.steps:
@@ -144,9 +146,11 @@ class Trainer:
         for size in {(r.height, r.width) for r in self.data.records}:
             self.family.latent_shape(*size)
         adapter = self.settings.adapter
+        self.coverage: dict[str, tuple[int, int]] = {}
         if adapter.kind == "lora":
-            targets = adapter.targets or self.family.lora_targets
-            add_adapters(self.family.meta_transformer(), targets, adapter.rank, adapter.alpha, 0, ["student"])
+            targets, model = adapter.targets or self.family.lora_targets, self.family.meta_transformer()
+            self.coverage = coverage_by_kind(model, targets, self.family.lora_kinds)
+            add_adapters(model, targets, adapter.rank, adapter.alpha, 0, ["student"])
 
     @property
     def shows_images(self) -> bool:
@@ -200,7 +204,8 @@ class Trainer:
         c = self.settings.conditioning
         folder = Path(c.folder).expanduser() if c.folder else self.folder.parent / "context_cache"
         cache = ContextCache(c.cache, folder, self.family, self.rank, self.world, self.say,
-                             barrier=self.agree, device=self.device, dtype=self.dtype)
+                             barrier=self.agree, device=self.device, dtype=self.dtype,
+                             progress=lambda keys: self.bar(keys, "conditioning", "context"))
         keys: dict[tuple, str] = {}
         for record in self.data.records:
             target = (record.images[0], record.height, record.width)
@@ -233,8 +238,7 @@ class Trainer:
         self.stop.arm()
         log = self.log = MetricsLog(self.folder, self.first) if self.rank == 0 else None
         self.showcase.start(self.first)
-        bar = tqdm(total=s.train.steps, initial=self.first, unit="step", disable=self.rank != 0, file=sys.stderr,
-                   mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True)
+        bar = self.bar(total=s.train.steps, initial=self.first, unit="step")
         plan: tuple[int, list[list[Item]]] = (-1, [])
         done = self.first
         try:
@@ -365,6 +369,11 @@ class Trainer:
         if self.rank == 0:
             tqdm.write(text, file=sys.stdout)
 
+    def bar(self, items: Sequence[T] | None = None, what: str | None = None, unit: str = "", **options: Any) -> tqdm[T]:
+        """A progress bar, over `items` or moved by the caller; rank 0 shows it, seldom where nobody looks at a terminal."""
+        return tqdm(items, what, unit=unit, disable=self.rank != 0, file=sys.stderr, dynamic_ncols=True,
+                    mininterval=0.5 if sys.stderr.isatty() else 10, **options)
+
     def record(self, index: int) -> Record:
         return self.data.records[index]
 
@@ -381,6 +390,9 @@ class Trainer:
             "trainable": self.engine.trained_parameters,
             "records": len(self.data.records),
             "skipped": len(self.data.skipped),
+            "notes": [f"{subject}: {text}" for subject, text in self.data.notes],
+            "variants": self.variants,
+            "lora_coverage": self.coverage,
             "buckets": sorted({(r.height, r.width) for r in self.data.records}),
             "batches_per_epoch": self.batches_per_epoch,
             "global_batch": self.global_batch,
@@ -402,7 +414,8 @@ class Trainer:
             (self.folder / "environment.json").write_text(json.dumps(d, indent=1, default=str) + "\n")
         trains = f"{s.adapter.kind}, {d['trainable'] / 1e6:.2f} M parameters"
         if s.adapter.kind == "lora":
-            trains += f", rank {s.adapter.rank}, alpha {s.adapter.alpha:g}"
+            trains += f", rank {s.adapter.rank}, alpha {s.adapter.alpha:g}; on "
+            trains += ", ".join(f"{kind} {adapted} of {there}" for kind, (adapted, there) in self.coverage.items())
         method: str = s.method.name
         if self.objective.needs_teacher:
             teacher = f"{s.teacher.kind} {s.teacher.ema_decay}" if s.teacher.kind == "ema" else s.teacher.kind
@@ -414,9 +427,14 @@ class Trainer:
         lines = [
             ("run", f"{self.folder}" + (f", continues after step {self.first}" if self.first else "")),
             ("model", f"{d['model']} ({d['family']}, {d['parameters'] / 1e6:.1f} M parameters)"),
+            *(("allowed", why) for why in self.variants),
             ("trains", trains),
             ("data", f"{d['records']} records in {len(d['buckets'])} bucket(s), {d['skipped']} skipped; "
                      f"batch {d['global_batch']} = {s.train.batch_size} x {s.train.accumulation} x {self.world} rank(s)"),
+            *self.data.notes,
+            *(("left out", f"{source}: {reason}") for source, reason in self.data.skipped[:NAMED]),
+            *([("left out", f"and {len(self.data.skipped) - NAMED} more, listed at the end")]
+              if len(self.data.skipped) > NAMED else []),
             ("method", method),
             ("grid", "t = " + ", ".join(f"{t:g}" for t in d["grid"])
                      + f"; {d['forwards_per_sample']} forwards a sample; pictures by {d['sample_forwards']} steps"),
@@ -429,9 +447,14 @@ class Trainer:
         return "\n".join(f"{name:>8}  {text}" for name, text in lines)
 
     def closing(self, exported: list[str]) -> str:
-        lines = [f"finished {self.settings.train.steps} steps in {self.folder}",
+        s = self.settings
+        lines = [f"finished {s.train.steps} steps in {self.folder}",
                  f"  samples/       {self.showcase.last.name if self.showcase.last else 'none'}",
                  "  metrics.jsonl, tensorboard/, checkpoints/", *(f"  {line}" for line in exported)]
+        if self.engine.keeps_ema:
+            gone = 1 - s.teacher.ema_decay**s.train.steps
+            lines.append(f"  the EMA (the teacher, export_teacher/) has gone {100 * gone:.3g} % of the way from the start to "
+                         f"the student: 1 - {s.teacher.ema_decay}^{s.train.steps}")
         return "\n".join(lines + self.left_out())
 
     def left_out(self) -> list[str]:

@@ -45,7 +45,8 @@ class ContextCache:
 
     policy: "disk" (shards in `folder`, shared by ranks and runs), "memory" (each rank computes and keeps its own), "off"
     (nothing is kept: encoders stay, `get` computes). `barrier` waits for all ranks, which must pass the same keys to
-    `complete`. A value is the same whoever computes it, in whatever order.
+    `complete`. `progress` wraps the keys that are computed there, to show how far that is. A value is the same whoever
+    computes it, in whatever order.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class ContextCache:
         log: Callable[[str], None] = print,
         *,
         barrier: Callable[[], None] = lambda: None,
+        progress: Callable[[Sequence[str]], Iterable[str]] = iter,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         shard_bytes: int = 256 * 2**20,
@@ -67,6 +69,7 @@ class ContextCache:
             raise UserError("conditioning.cache=disk needs conditioning.folder")
         self.policy, self.family, self.rank, self.world = policy, family, rank, world
         self.log, self.barrier, self.device, self.dtype = log, barrier, device, dtype
+        self.progress = progress
         self._requests: dict[str, Request] = {}
         self._digests: dict[Crop, str] = {}
         self._encoders: Encoders | None = None
@@ -146,7 +149,7 @@ class ContextCache:
             self._encoders = None
 
     def _compute_all(self, keys: list[str]):
-        for key in sorted(keys, key=lambda k: self._requests[k].kind):
+        for key in self.progress(sorted(keys, key=lambda k: self._requests[k].kind)) if keys else ():
             yield key, self._compute(self._requests[key])
 
     def _compute(self, request: Request) -> Context:

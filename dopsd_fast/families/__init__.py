@@ -27,7 +27,7 @@ def open_family(model_path: str | Path, conditioning: Any, name: str = "auto") -
     if name not in ("auto", *FAMILIES):
         raise UserError(f"model.family={name}: expected auto, {', '.join(FAMILIES)}")
     pipeline = read_json(path / "model_index.json").get("_class_name")
-    found = next((family for family in FAMILIES.values() if family.pipeline_class == pipeline), None)
+    found = next((family for family in FAMILIES.values() if pipeline in (family.pipeline_class, *family.other_pipelines)), None)
     if found is None:
         known = ", ".join(family.pipeline_class for family in FAMILIES.values())
         raise UserError(f"{path}: pipeline {pipeline} is not supported, expected one of {known}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,12 +25,17 @@ Context = dict[str, Tensor]
 PARTS = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
 OTHER_SCHEDULES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "shift_terminal")
 
+WIDE = 2048
+"""Transformers from this width on are taken for published ones, whose sizes are known; smaller ones for somebody's own."""
+
 
 class Family(ABC):
     """One pipeline folder, seen through its family's eyes. Nothing heavy is read before a `load_*` method is called."""
 
     name: ClassVar[str]
     pipeline_class: ClassVar[str]
+    other_pipelines: ClassVar[tuple[str, ...]] = ()
+    """Classes of pipelines for variants of the model that `model.allow` can let in."""
     transformer_class: ClassVar[str]
     vae_class: ClassVar[str]
     contexts: ClassVar[tuple[str, ...]]
@@ -63,6 +68,26 @@ class Family(ABC):
         self._fingerprints: dict[tuple[str, torch.dtype], str] = {}
         self._hashes: dict[Path, str] = {}
 
+    # ---- which model it is -----------------------------------------------------------------------------------------
+
+    def check_variant(self, allowed: Sequence[str]) -> list[str]:
+        """What makes this folder another model than the few-step one that the family deploys, a line each, all of it allowed
+        by `model.allow`. UserError for what is not. Reads configuration files alone."""
+        found = list(self._variants())
+        refused = {name: why for name, why in found if name not in allowed}
+        if refused:
+            names = [*dict.fromkeys([*allowed, *refused])]
+            value = names[0] if len(names) == 1 else json.dumps(names, separators=(",", ":"))
+            raise UserError(
+                f"model.path={self.path}: {'; '.join(refused.values())}. D-OPSD keeps the few steps of a distilled model, so "
+                f"this is probably not the one that was meant: name the distilled one, or allow this with model.allow={value}"
+            )
+        return [why for _, why in found]
+
+    @abstractmethod
+    def _variants(self) -> Iterator[tuple[str, str]]:
+        """(value of `model.allow`, reason) for everything that is otherwise than in the model that the family deploys."""
+
     # ---- geometry and schedule -------------------------------------------------------------------------------------
 
     @property
@@ -91,6 +116,9 @@ class Family(ABC):
         return self.train_grid(steps or self.deployment_steps, 0.0, latent_shape)
 
     # ---- transformer -----------------------------------------------------------------------------------------------
+
+    lora_kinds: ClassVar[dict[str, str]]
+    """Kind of matrix -> regular expression that finds it in a linear layer's name; the first that fits decides."""
 
     @property
     @abstractmethod
@@ -205,22 +233,28 @@ class Family(ABC):
 
     # ---- export ----------------------------------------------------------------------------------------------------
 
-    def save_lora(self, folder: Path, state: dict[str, Tensor], peft_config) -> None:
-        """Writes one adapter for both loaders into `folder`.
+    def save_lora(self, folder: Path, state: dict[str, Tensor], peft_config, dtype: torch.dtype | None = None) -> None:
+        """Writes one adapter for every loader into `folder`.
 
         `adapter_model.safetensors` + `adapter_config.json` (PEFT), and `pytorch_lora_weights.safetensors` with its
-        `transformer_lora_adapter_metadata` (diffusers: without it alpha would silently become rank). `state`: LoRA
-        tensors, named as PEFT or the module tree names them, with or without the adapter's name.
+        `transformer_lora_adapter_metadata` (diffusers). The scale alpha / rank lies inside B and alpha is written as rank, so
+        that W + B A is the trained weight for a reader that knows no metadata, too: alpha in metadata alone is lost outside
+        diffusers, and a file with `.alpha` keys is refused by diffusers for FLUX.2. `state`: LoRA tensors as trained, named
+        as PEFT or the module tree names them, with or without the adapter's name. dtype: to store them in, theirs if None.
         """
         import copy
 
         from safetensors.torch import save_file
 
-        plain = {plain_lora_name(name): tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        plain = {
+            plain_lora_name(name): scaled_lora(name, tensor.detach().cpu(), peft_config).to(dtype or tensor.dtype).contiguous()
+            for name, tensor in state.items()
+        }
         if len(plain) != len(state):
             raise ValueError("state holds more than one adapter")
         config = copy.copy(peft_config)
         config.inference_mode = True
+        config.lora_alpha = config.r
         config.target_modules = sorted(config.target_modules)
         folder.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(str(folder))
@@ -305,6 +339,11 @@ def _sort_metadata(file: Path) -> None:
             raise ValueError(f"{file}: the header grew from {length} to {len(text)} bytes")
         stream.seek(8)
         stream.write(text.ljust(length))
+
+
+def scaled_lora(name: str, tensor: Tensor, peft_config: Any) -> Tensor:
+    """A LoRA tensor as it is exported: A as it is, B times alpha / rank, fp32."""
+    return tensor.float() * (peft_config.lora_alpha / peft_config.r) if ".lora_B." in name else tensor
 
 
 def plain_lora_name(name: str) -> str:

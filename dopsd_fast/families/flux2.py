@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..conditioning.text import encode_prompt
-from .base import Context, Encoders, Family, model_dtype
+from .base import WIDE, Context, Encoders, Family, model_dtype
 
 REFERENCE_STEP = 10  # the i-th reference image (from 0) has the id 10 + 10 * i on the time axis; the noise has 0
 REFERENCE_PIXELS = 1024 * 1024  # the pipeline shrinks larger input images
+
+
+KV_PIPELINE = "Flux2KleinKVPipeline"
+DEV_SIZE = {"num_attention_heads": 48, "num_layers": 8, "num_single_layers": 48, "joint_attention_dim": 15360}
+"""transformer/config.json of FLUX.2-dev, which are diffusers' defaults."""
+KLEIN_SIZES = ((24, 5, 20, 7680), (32, 8, 24, 12288))
+"""The same of FLUX.2-klein-4B and -9B."""
 
 
 class Flux2Klein(Family):
@@ -26,6 +33,7 @@ class Flux2Klein(Family):
 
     name = "flux2_klein"
     pipeline_class = "Flux2KleinPipeline"
+    other_pipelines = (KV_PIPELINE,)
     transformer_class = "Flux2Transformer2DModel"
     vae_class = "AutoencoderKLFlux2"
     contexts = ("edit",)
@@ -33,6 +41,11 @@ class Flux2Klein(Family):
     guidance_scale = 1.0
     thinking = False
     hidden_layers = (9, 18, 27)
+    lora_kinds = {
+        "single-stream (attention and feed-forward in one)": r"^single_transformer_blocks\.",
+        "attention": r"\.attn\.",
+        "feed-forward": r"\.ff(_context)?\.",
+    }
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
@@ -49,6 +62,24 @@ class Flux2Klein(Family):
             *forward,
             *(f"single_transformer_blocks.{i}.attn.to_out" for i in singles),
         )
+
+    def _variants(self) -> Iterator[tuple[str, str]]:
+        if self.index.get("_class_name") == KV_PIPELINE:
+            yield "kv", (f"model_index.json names {KV_PIPELINE}, a variant trained for another attention than is computed here "
+                         "(its references do not see the picture)")
+        elif not self.index.get("is_distilled"):
+            yield "base", "model_index.json does not say is_distilled: true, so this is the base checkpoint of many steps"
+        model, scheduler = self.transformer_config, self.scheduler_config
+        if model.get("guidance_embeds", True):
+            yield "guidance", "transformer/config.json says guidance_embeds: true, but klein takes none and gets none here"
+        size = tuple(model.get(name, value) for name, value in DEV_SIZE.items())
+        if size[0] * model.get("attention_head_dim", 128) >= WIDE and size not in KLEIN_SIZES:
+            shown = ", ".join(f"{name} {value}" for name, value in zip(DEV_SIZE, size))
+            yield "size", f"the transformer has {shown}, which no published klein has"
+        dynamic, kind = scheduler.get("use_dynamic_shifting", False), scheduler.get("time_shift_type", "exponential")
+        if not dynamic or kind != "exponential":
+            shift = f"is of type {kind}" if dynamic else f"is fixed at {scheduler.get('shift', 1.0):g}"
+            yield "shift", f"the scheduler's shift {shift}, klein's is exponential and follows the size of the picture"
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         self._check_size(height, width)

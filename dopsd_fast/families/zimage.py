@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,13 @@ from torch import Tensor, nn
 from ..conditioning.text import encode_prompt
 from ..conditioning.vlm import check_vlm_folder
 from ..errors import UserError
-from .base import Context, Encoders, Family, model_dtype
+from .base import WIDE, Context, Encoders, Family, model_dtype
 from .zimage_pair import PAD_MULTIPLE, ZImagePair
+
+TURBO_SHIFT, BASE_SHIFT = 3.0, 6.0
+"""scheduler/scheduler_config.json of the published Z-Image-Turbo and of Z-Image, its undistilled base."""
+TURBO_SIZE = {"dim": 3840, "n_layers": 30, "n_refiner_layers": 2, "n_heads": 30, "cap_feat_dim": 2560}
+"""transformer/config.json of both."""
 
 
 class ZImage(Family):
@@ -30,11 +35,27 @@ class ZImage(Family):
     guidance_scale = 0.0
     thinking = True
     hidden_layers = (-2,)
+    lora_kinds = {"attention": r"\.attention\.", "feed-forward": r"\.feed_forward\."}
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
         attention = tuple(f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
         return attention + tuple(f"feed_forward.{name}" for name in ("w1", "w2", "w3"))
+
+    def _variants(self) -> Iterator[tuple[str, str]]:
+        scheduler, model = self.scheduler_config, self.transformer_config
+        dynamic, shift = scheduler.get("use_dynamic_shifting", False), scheduler.get("shift", 1.0)
+        if dynamic:
+            yield "shift", f"the scheduler's shift follows the size of the picture, Z-Image-Turbo's is {TURBO_SHIFT:g} for all"
+        elif shift == BASE_SHIFT:
+            yield "base", (f"the scheduler's shift is {shift:g}, that of Z-Image's base checkpoint, which is not distilled; "
+                           f"Z-Image-Turbo's is {TURBO_SHIFT:g}")
+        elif shift != TURBO_SHIFT:
+            yield "shift", f"the scheduler's shift is {shift:g}, Z-Image-Turbo's is {TURBO_SHIFT:g}"
+        size = tuple(model.get(name, value) for name, value in TURBO_SIZE.items())
+        if size[0] >= WIDE and size != tuple(TURBO_SIZE.values()):
+            shown = ", ".join(f"{name} {value}" for name, value in zip(TURBO_SIZE, size) if value != TURBO_SIZE[name])
+            yield "size", f"the transformer has {shown}, which no published Z-Image has"
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         self._check_size(height, width)

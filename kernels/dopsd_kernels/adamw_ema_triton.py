@@ -228,6 +228,16 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
     return ((bits - low) >> 16).to(torch.int16).view(torch.bfloat16), low.to(torch.int16)
 
 
+def untie_(x: Tensor) -> Tensor:
+    """Changes fp32 `x` in place so that rounding to nearest, ties to even, as every cast does it, gives the upper half that
+    `split` gives: of numbers halfway between two bf16 numbers, those that a cast would round towards 0 become the next fp32
+    number away from 0 (2^-16 of a bf16 step). What is exported of masters that are kept as low bits then is the live weight,
+    in whatever type it is stored."""
+    for piece in x.view(-1).view(torch.int32).split(_PIECE):
+        piece += (piece & 0x1FFFF) == 0x8000
+    return x
+
+
 def adamw_ema_ref(theta: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ema: Tensor | None, h: Hyper) -> None:
     """The update in place, fp32 or float64, operation for operation as `torch.optim.AdamW`; `ema` by `lerp_`."""
     if h.grad_scale != 1:
