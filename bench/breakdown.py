@@ -304,6 +304,13 @@ def record(call: Callable[[], Any], marks: Marks, file: Path, options: Options) 
     behind its name if it is large."""
     device, steps = options.device, options.repeats(3, 1, 1)
     plain = summary(interleaved({"plain": call}, max(steps, 2), 1 if options.quick else 3, device)["plain"])["value"]
+    return break_down(traced(call, marks, file, device, steps)), plain
+
+
+def traced(
+    call: Callable[[], Any], marks: Marks, file: Path, device: torch.device, steps: int = 1
+) -> list[Mapping[str, Any]]:
+    """The events of `steps` calls under the profiler, also written to `file`, with .gz behind its name if they are many."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with marked(marks, device), profile(activities=activities) as recorded:
         for _ in range(steps):
@@ -314,12 +321,12 @@ def record(call: Callable[[], Any], marks: Marks, file: Path, options: Options) 
     for old in (file, file.with_name(f"{file.name}.gz")):
         old.unlink(missing_ok=True)
     recorded.export_chrome_trace(str(file))
-    found = break_down(json.loads(file.read_text(encoding="utf-8"))["traceEvents"])
+    events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
     if file.stat().st_size >= LARGE:
         with file.open("rb") as source, gzip.open(f"{file}.gz", "wb", compresslevel=6) as target:
             shutil.copyfileobj(source, target)
         file.unlink()
-    return found, plain
+    return events
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from bench.models import Model
 from bench.peers import reference_eager as reference
 from bench.results import Options, Row, failed, read_results
 from dopsd_fast.errors import UserError
+from dopsd_fast.settings import Settings
 from dopsd_kernels import native_ops
 from tests import tiny
 
@@ -100,6 +101,18 @@ def test_without_deepspeed_the_step_has_the_same_bits(kind, monkeypatch):
     assert "DeepSpeed is not installed" in ours.fell_back()
     for name, pair in after[0].items():
         assert all(map(torch.equal, pair, after[1][name])), name
+
+
+def test_adapters_are_drawn_on_the_models_device(monkeypatch):
+    """PEFT draws on the default device: inside the calls that lead to it, that is the model's."""
+    seen = []
+    monkeypatch.setattr(workload, "build_pair", lambda *_: seen.append(torch.empty(1).device))
+    monkeypatch.setattr(workload, "ReferenceStep", lambda *_, **__: seen.append(torch.empty(1).device))
+    monkeypatch.setattr(Model, "transformer", lambda *_: None)
+    work = Workload(Options("zimage-small", torch.device("meta"), threads=1))
+    workload.pair_on_device(work.model, Settings())
+    workload.peer("R2", "full", work)
+    assert [device.type for device in seen] == ["meta", "meta"] and torch.empty(1).device == CPU
 
 
 # ---- the suite -------------------------------------------------------------------------------------------------------
@@ -293,6 +306,44 @@ def test_the_floor_counts_every_product_once():
     floor = GemmFloor(forward, 3, CPU)
     assert floor.flops == 3 * 2 * (3 * 720 + 6 * 144 + 2 * 168 + 3 * 140)
     floor.run()
+
+
+def test_on_a_gpu_the_floor_is_freed_before_ours_is_built(monkeypatch):
+    """Its operands would lie beside what is measured; its rows are the same as when it takes turns with ours."""
+    held = []
+
+    class Watched(workload.OurStep):
+        def __init__(self, *given):
+            held.append([len(floor._work) for floor in floors])
+            super().__init__(*given)
+
+    class Known(GemmFloor):
+        def __init__(self, *given):
+            super().__init__(*given)
+            floors.append(self)
+
+        def run(self):
+            super().run()
+            ran.append(len(self._work))
+
+    floors, ran = [], []
+    monkeypatch.setattr(step, "OurStep", Watched)
+    monkeypatch.setattr(step, "GemmFloor", Known)
+    monkeypatch.setattr(step.Measurement, "floor_is_alone", True)
+    rows = found(step.run(tiny_options(peers=("R2",), kinds=("lora",))))
+    assert held == [[0]] and ran and min(ran) > 0
+    assert rows["lora@zimage", "floor", "seconds_per_step"].value > 0 and rows["lora@zimage", "ours", "mfu"].value > 0
+    share = rows["lora@zimage", "ours", "floor_share"]
+    assert share.value > 0 and share.note == "measured one after the other"
+    assert rows["lora/R2@zimage", "ours", "speedup"].note == ""
+
+
+def test_without_the_exact_gradient_there_are_times_and_ratios():
+    rows = found(step.measure(tiny_options(kinds=("lora",)), [Cell()], ("R2",), exact=False))
+    assert rows["lora/R2@zimage", "ours", "speedup"].value > 0
+    assert {metric for _, variant, metric in rows if variant == "ours"} == {
+        "seconds_per_step", "states_per_second", "samples_per_second", "speedup"}  # fmt: skip
+    assert {variant for _, variant, _ in rows} == {"ours", "R2"}
 
 
 # ---- the whole set on one GPU ----------------------------------------------------------------------------------------

@@ -29,14 +29,13 @@ from torch.nn import functional as F
 
 from bench.cases import sampling
 from bench.cases.step import LEFT_TO_SUITE, MATRIX_PEERS, compiled_in_part, exactly
-from bench.cases.workload import Cell, OurStep, Workload, fill, peer, stock_name
+from bench.cases.workload import Cell, OurStep, Workload, fill, pair_on_device, peer, stock_name
 from bench.clock import interleaved, ratios, summary
 from bench.peers.reference_eager import STRONGER, Condition, ReferenceStep
 from bench.results import Options, Row, Status, failed
 from bench.show import step as say
 from dopsd_fast.objective import StepInputs, make_objective
 from dopsd_fast.settings import Settings
-from dopsd_fast.teacher import build_pair
 
 SUITE = "rollout"
 MORE_STATES = 8
@@ -72,7 +71,7 @@ class OurPair(OurStep):
             "adapter": {"kind": kind, **adapter},
         })  # fmt: skip
         self.work, self.objective, self.engine = work, make_objective(settings), None  # type: ignore[assignment]
-        self.pair = build_pair(work.family, settings, work.model.dtype, work.model.device)
+        self.pair = pair_on_device(work.model, settings)
         for trained in self.pair.trained():
             trained.student.grad_dtype = torch.float32
             if kind == "lora":

@@ -71,9 +71,12 @@ def cells(options: Options) -> list[Cell]:
     return [Cell(), *(half if cell.pixels == -2 else cell for cell in found)]
 
 
-def measure(options: Options, which: Sequence[Cell], peers: Sequence[str] = (), deadline: float | None = None) -> Iterator[Row]:
+def measure(
+    options: Options, which: Sequence[Cell], peers: Sequence[str] = (), deadline: float | None = None, exact: bool = True
+) -> Iterator[Row]:
     """Rows as they are found. peers: empty for options.peers, of which the cells beside the standard one have MATRIX_PEERS.
-    deadline: of time.monotonic(); what would begin after it is left out, with a row that says so."""
+    deadline: of time.monotonic(); what would begin after it is left out, with a row that says so. exact=False spares the exact
+    gradient, and with it the errors and the floor: what is left are times, ratios and peaks of memory."""
     torch.set_num_threads(options.threads)
     for cell in which:
         for kind in options.kinds:
@@ -83,7 +86,7 @@ def measure(options: Options, which: Sequence[Cell], peers: Sequence[str] = (), 
                 ours.remove("R3")
                 note = LEFT_TO_SUITE
             try:
-                yield from Measurement(kind, cell, options, ours, deadline, note).rows()
+                yield from Measurement(kind, cell, options, ours, deadline, note, exact).rows()
             except UserError as error:  # a size that this model cannot have
                 if cell == Cell():
                     raise
@@ -94,10 +97,10 @@ class Measurement:
     """One case: `kind` is "lora" or "full". note: said of ours' time."""
 
     def __init__(self, kind: str, cell: Cell, options: Options, peers: Sequence[str], deadline: float | None = None,
-                 note: str = "") -> None:  # fmt: skip
+                 note: str = "", exact: bool = True) -> None:  # fmt: skip
         self.kind, self.cell, self.options, self.peers, self.deadline = kind, cell, options, list(peers), deadline
         self.standard = cell == Cell()
-        self.remark = note
+        self.remark, self.wants_exact = note, exact
         self.room: room.Room
         self.errors: dict[str, tuple[float, float]] = {}
         self.exact: dict[str, Tensor] = {}
@@ -125,7 +128,8 @@ class Measurement:
             self.cell = replace(self.cell, layers=self.room.layers)
             self.work = Workload(self.options, self.cell)
             self.room = room.Room(self.kind, self.work, self.peers)
-        yield from self.prepare()
+        if self.wants_exact:
+            yield from self.prepare()
         alone = [name for name in self.peers if not self.room.beside_ours(name)]
         together = [name for name in self.peers if name not in alone]
         groups = [together] if self.room.all_together else [[name] for name in together]
@@ -168,10 +172,23 @@ class Measurement:
         found = step.trainable.items()
         self.exact = {stock_name(name): p.grad.to("cpu") for name, p in found if p.grad is not None}
 
+    def floor_alone(self) -> Iterator[Row]:
+        """On a GPU the floor is timed before ours and the peers are built: its operands, 16.3 GB at Z-Image's size, are freed
+        before anything else is measured. On a CPU, where memory is no concern, it takes turns with ours (`group`)."""
+        if self.floor is not None and self.floor_is_alone:
+            yield from self.time({"floor": self.floor.run}, {})
+            self.floor.free()
+            self.free()
+
+    @property
+    def floor_is_alone(self) -> bool:
+        return self.cuda
+
     # ---- groups ------------------------------------------------------------------------------------------------------
 
     def measure_with_ours(self, groups: Sequence[Sequence[str]], alone: Sequence[str]) -> Iterator[Row]:
-        """Ours beside each group of peers in turn; the first group also times the floor."""
+        """The floor if it is timed alone, then ours beside each group of peers in turn, the first group with the floor else."""
+        yield from self.floor_alone()
         alive: dict[str, Any] = {}
         try:
             yield from self.build("ours", alive)
@@ -193,7 +210,7 @@ class Measurement:
             prompts, images = self.work.prompts, self.work.images
             encoders = self.work.encoders
             calls["encoders"] = lambda: (encoders.student(prompts), encoders.teacher(prompts, images))
-        if with_floor and self.floor is not None and ours:
+        if with_floor and self.floor is not None and ours and not self.floor_is_alone:
             calls["floor"] = self.floor.run
         if set(calls) - {"encoders"}:
             yield from self.time(calls, alive)
@@ -253,10 +270,10 @@ class Measurement:
                 one = OurStep(self.kind, self.work, self.cell.activations, self.room.masters)
             else:
                 one = PeerStep(name, self.kind, self.work)
-            one.backward()
             if self.exact:
+                one.backward()
                 self.errors[name] = compare(one.gradients(), self.exact)
-            one.clear()
+                one.clear()
             self.after_errors(one)
             if self.cuda:
                 torch.cuda.reset_peak_memory_stats(device)
@@ -324,9 +341,10 @@ class Measurement:
         if "floor" in names and self.floor is not None:
             yield self.row("floor", "gemm_gflop_per_step", "GFLOP", self.floor.flops / 1e9)
         for name, against in (("floor", "ours"), ("encoders", "R1")):
-            if name in names and against in names:
+            if {name, against} & set(names) and {name, against} <= set(self.seconds):
+                note = "" if {name, against} <= set(names) else "measured one after the other"
                 share = ratios(self.seconds[name], self.seconds[against])
-                yield self.row(against, f"{name}_share", "", share)
+                yield self.row(against, f"{name}_share", "", share, note=note)
 
     def speeds(self, name: str, seconds: Sequence[float], flops: int) -> Iterator[Row]:
         dtype, device = self.work.model.dtype, self.options.device

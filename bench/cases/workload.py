@@ -162,6 +162,13 @@ def fill(name: str, adapter: Tensor, dtype: torch.dtype) -> None:
     adapter.copy_(values.to(dtype))
 
 
+def pair_on_device(model: Model, settings: Settings) -> Pair:
+    """`build_pair`, the adapters drawn on the model's device: PEFT draws them on the default device and then moves them, which
+    for the 952 matrices of Z-Image's two adapters keeps a GPU waiting for the CPU."""
+    with model.device:
+        return build_pair(model.family, settings, model.dtype, model.device)
+
+
 # ---- ours ------------------------------------------------------------------------------------------------------------
 
 
@@ -180,7 +187,7 @@ class OurStep:
             "deepspeed": {"stage": 0},
         })  # fmt: skip
         self.work, self.objective = work, make_objective(settings)
-        self.pair = build_pair(work.family, settings, work.model.dtype, work.model.device)
+        self.pair = pair_on_device(work.model, settings)
         if kind == "lora":
             for trained in self.pair.trained():
                 for side in (trained.student, trained.teacher):
@@ -297,17 +304,19 @@ def peer(name: str, kind: str, work: Workload, dtype: torch.dtype | None = None)
     model = work.model.transformer()
     if dtype is not None:
         torch.nn.Module.to(model, dtype)  # diffusers' own would keep some modules in fp32
-    step = ReferenceStep(
-        model,
-        [1.0 - t for t in work.grid],
-        weight="v",
-        adapter=Adapter(standard.rank, standard.alpha) if kind == "lora" else None,
-        learning_rate=LEARNING_RATE,
-        grad_clip=GRAD_CLIP,
-        ema_decay=EMA_DECAY,
-        encoders=work.encoders if name == "R1" and dtype is None else None,  # type: ignore[arg-type]
-        **STRONGER[name],
-    )
+    encoders: Any = work.encoders if name == "R1" and dtype is None else None
+    with work.model.device:  # as in `pair_on_device`
+        step = ReferenceStep(
+            model,
+            [1.0 - t for t in work.grid],
+            weight="v",
+            adapter=Adapter(standard.rank, standard.alpha) if kind == "lora" else None,
+            learning_rate=LEARNING_RATE,
+            grad_clip=GRAD_CLIP,
+            ema_decay=EMA_DECAY,
+            encoders=encoders,
+            **STRONGER[name],
+        )
     if kind == "lora":
         for full, parameter in step.trainable.items():
             fill(stock_name(full), parameter, own)
