@@ -432,6 +432,9 @@ class Trainer:
             ("data", f"{d['records']} records in {len(d['buckets'])} bucket(s), {d['skipped']} skipped; "
                      f"batch {d['global_batch']} = {s.train.batch_size} x {s.train.accumulation} x {self.world} rank(s)"),
             *self.data.notes,
+            ("prompts", f"cut where they are longer than {s.conditioning.max_text_tokens} tokens"
+                        + (f" (the teacher's, with the picture: {s.conditioning.max_vlm_tokens})"
+                           if self.shows_images and self.family.context == "vlm" else "")),
             *(("left out", f"{source}: {reason}") for source, reason in self.data.skipped[:NAMED]),
             *([("left out", f"and {len(self.data.skipped) - NAMED} more, listed at the end")]
               if len(self.data.skipped) > NAMED else []),
