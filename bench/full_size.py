@@ -1,19 +1,24 @@
-"""`python bench/full_size.py --out DIR`: Z-Image at full size on one GPU, in at most ten minutes, with random weights.
+r"""`python bench/full_size.py --out DIR`: Z-Image at full size on one GPU, in at most ten minutes, with random weights.
 
-Parts in order of importance, each in a process of its own: correctness in bf16, the LoRA step against R1 and R4, the kernels,
-full fine-tuning against R1 and R4, rollout, forward, optimizer, memory, then the steps' peers R2 and R3. A part whose time is
-up is stopped, one that no longer fits is left out, and a row says so; a part that brings the GPU's context down takes no other
-with it. After every part DIR holds results.json and results.csv with all rows so far; log.txt has what the parts said,
-report.html comes last. A second call with --parts and the same DIR adds to it: of a row that both have, the one with more
-measurements stays.
+Parts in order of importance, each in a process of its own: the headline (the LoRA step against R1, a few rounds), correctness
+in bf16, the LoRA step against R1 and R4 with its errors, the kernels, full fine-tuning against R1 and R4, rollout, forward,
+optimizer, memory, then the steps' peers R2 and R3. A part whose time is up is stopped and keeps the rows that it has found, one
+that no longer fits is left out, and a row says so; a part that brings the GPU's context down takes no other with it.
 
-What it needs: torch, Triton, diffusers, transformers, peft, pydantic, numpy, Pillow, rich; without one of them most parts fail,
-and say so. DeepSpeed is used if it is there (else its part at stage 0 is done here, and rows say "fallback"), so is flash-attn;
-matplotlib and jinja2 are for report.html. Nothing is built: on a GPU the kernels are Triton's. On a machine without a
-network that has torch 2.11, Triton 3.6 and Python 3.12, bring wheels, made elsewhere by
+results.json and results.csv are written whenever a part has found rows, so the headline's ratio (case lora/R1, metric speedup)
+is on the disk a minute or two after the start; log.txt has what the parts said; report.html and plots.tar.gz come last. These
+are all files, none of them large. A second call with --parts and the same DIR adds to it: of a row that both have, the one
+with more measurements stays.
 
-    python -m pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels diffusers
-    python -m pip wheel --no-deps -w wheels deepspeed hjson      # DeepSpeed comes as source; DS_BUILD_OPS=0 builds no kernels
+What it needs is listed in bench/needed.py; where something of it is missing, it says so and ends at once with status 2.
+DeepSpeed is used if it is there (else its part at stage 0 is done here, and rows say "fallback"), so is flash-attn; matplotlib
+and jinja2 are for report.html. Nothing is built: on a GPU the kernels are Triton's. On a machine without a network that has
+Python 3.12, torch 2.11, Triton 3.6, transformers and PEFT, bring wheels, made elsewhere by
+
+    python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 \
+        --platform manylinux_2_28_x86_64 -c constraints.txt -d wheels \
+        pydantic pydantic-core annotated-types typing-inspection typing-extensions diffusers hjson
+    DS_BUILD_OPS=0 python -m pip wheel --no-deps --no-build-isolation -c constraints.txt -w wheels deepspeed  # there is no wheel
 
 and there, in a copy of this repository:
 
@@ -27,14 +32,16 @@ and there, in a copy of this repository:
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,14 +50,16 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "kernels")]
 
+from bench.needed import absent, refusal  # noqa: E402
+
 if TYPE_CHECKING:
     from bench.results import Options, Row
 
 
 @dataclass(frozen=True)
 class Part:
-    """need: seconds that must be left for it to begin; most: seconds after which it is stopped. What of a step suite: the
-    peers of "lora" or "full"."""
+    """need: seconds that must be left for it to begin; most: seconds after which it is stopped. Of a step suite: kind and peers
+    as in --kinds and --peers, rounds at most (0: as many as usual), and whether the exact gradient is computed."""
 
     name: str
     suite: str
@@ -58,11 +67,14 @@ class Part:
     most: int
     kind: str = ""
     peers: tuple[str, ...] = ()
+    rounds: int = 0
+    exact: bool = True
 
 
 PARTS = [
+    Part("headline", "step", 30, 150, "lora", ("R1",), rounds=3, exact=False),
     Part("correctness", "correctness", 20, 75),
-    Part("lora", "step", 90, 270, "lora", ("R1", "R4")),
+    Part("lora", "step", 90, 240, "lora", ("R1", "R4")),
     Part("kernels", "kernels", 30, 90),
     Part("full", "step", 60, 180, "full", ("R1", "R4")),
     Part("rollout", "rollout", 25, 70),
@@ -72,14 +84,14 @@ PARTS = [
     Part("lora_rest", "step", 100, 240, "lora", ("R2", "R3")),
     Part("full_rest", "step", 80, 180, "full", ("R2", "R3")),
 ]
-AS_FOUND = ("correctness", "rollout", "forward", "memory")
-"""Suites whose `measure(options)` gives rows one by one: stopped, they leave what they had."""
-NEEDED = ("diffusers", "transformers", "peft", "pydantic", "PIL", "rich")
-WELCOME = ("triton", "deepspeed", "hjson", "flash_attn", "flash_attn_interface", "matplotlib", "jinja2")
+SCRIPT = Path(__file__).resolve()
+"""What runs a part in its process."""
+LOOKING = 1.0
+"""Seconds between two looks at what a part has found."""
 WRITING = 12
 """Seconds that are kept for report.html."""
-LARGEST = 20e6
-"""Bytes that all files may have together."""
+LARGEST = 16e6
+"""Bytes that a file may have."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -87,9 +99,13 @@ def main(argv: Sequence[str]) -> int:
     if arguments.part:
         return run_part(arguments)
     began = time.monotonic()
-    missing = [name for name in NEEDED + WELCOME if importlib.util.find_spec(name) is None]
+    refused = refusal("bench/full_size.py")
+    if refused:
+        print(refused, file=sys.stderr)
+        return 2
+    missing = absent(needed=False)
     if missing:
-        print(f"not installed here: {', '.join(missing)}", flush=True)
+        print(f"not installed here, what needs them falls back: {', '.join(missing)}", flush=True)
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
 
@@ -99,12 +115,20 @@ def main(argv: Sequence[str]) -> int:
     options = options_of(arguments)
     facts = environment(options) | {"missing": missing, "script": "bench/full_size.py"}
     rows = list(read_results(out)[1]) if (out / FILE).exists() else []
+
+    def write(found: Iterable[Row]) -> list[Row]:
+        """Everything so far and what a part has found so far, to the disk."""
+        both = merged(rows, found)
+        write_results(out, facts | {"seconds": time.monotonic() - began}, both)
+        return both
+
     deadline = began + 60 * arguments.minutes - WRITING
     for part in (part for part in PARTS if part.name in arguments.parts):
         left = deadline - time.monotonic()
         print(f"[{time.monotonic() - began:5.0f} s] {part.name} ...", flush=True)
-        rows = merged(rows, measure(part, arguments, left))
-        write_results(out, facts | {"seconds": time.monotonic() - began}, rows)
+        rows = write(measure(part, arguments, left, write))
+        if part.name == "headline":
+            print(headline(rows), flush=True)
     report(out)
     print(headline(rows))
     print(f"written in {time.monotonic() - began:.0f} s: {', '.join(sorted(file.name for file in out.iterdir()))} in {out}")
@@ -143,8 +167,11 @@ def options_of(arguments: argparse.Namespace) -> Options:
 # ---- the parts, each in its own process ------------------------------------------------------------------------------
 
 
-def measure(part: Part, arguments: argparse.Namespace, left: float) -> list[Row]:
-    """The rows of a part, as many as it found. left: seconds until all must have ended."""
+def measure(
+    part: Part, arguments: argparse.Namespace, left: float, tell: Callable[[list[Row]], object] = lambda rows: None
+) -> list[Row]:
+    """The rows of a part, as many as it found. left: seconds until all must have ended. tell: called with all rows so far
+    whenever there are more."""
     from bench.results import Row, failed
 
     if left < part.need:
@@ -153,7 +180,7 @@ def measure(part: Part, arguments: argparse.Namespace, left: float) -> list[Row]
     limit = min(left, float(part.most))
     file = arguments.out / f"{part.name}.part"
     file.unlink(missing_ok=True)
-    command = [sys.executable, str(Path(__file__).resolve()), "--part", part.name, "--until", str(time.monotonic() + limit),
+    command = [sys.executable, str(SCRIPT), "--part", part.name, "--until", str(time.monotonic() + limit),
                "--out", str(arguments.out), "--device", arguments.device, "--rounds", str(arguments.rounds),
                "--threads", str(arguments.threads), *(["--quick"] if arguments.quick else []),
                *(["--model", arguments.model] if arguments.model else [])]  # fmt: skip
@@ -162,15 +189,23 @@ def measure(part: Part, arguments: argparse.Namespace, left: float) -> list[Row]
         log.write(f"\n==== {part.name}, at most {limit:.0f} s\n")
         log.flush()
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        why = ""
+        why, known = "", 0
         try:
-            if process.wait(timeout=limit):
+            while process.poll() is None and not why:
+                if time.monotonic() - begun > limit:
+                    why = f"stopped after {limit:.0f} s"
+                elif len(rows := saved(file)) > known:
+                    known = len(rows)
+                    tell(rows)
+                try:
+                    process.wait(timeout=max(0.0, min(LOOKING, begun + limit - time.monotonic())))
+                except subprocess.TimeoutExpired:
+                    pass
+            if process.returncode:
                 why = f"its process ended with {process.returncode}, see log.txt"
-        except subprocess.TimeoutExpired:
-            why = f"stopped after {limit:.0f} s"
         finally:
             end(process)
-    rows = [Row(**row) for row in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
+    rows = saved(file)
     file.unlink(missing_ok=True)
     seconds = time.monotonic() - begun
     if why:
@@ -201,10 +236,9 @@ def run_part(arguments: argparse.Namespace) -> int:
     file = arguments.out / f"{part.name}.part"
     rows: list[Row] = []
     try:
-        if importlib.util.find_spec("diffusers") is not None:
-            from dopsd_fast.telemetry import quiet_libraries
+        from dopsd_fast.telemetry import quiet_libraries
 
-            quiet_libraries()
+        quiet_libraries()
         for row in rows_of(part, options, arguments.until):
             rows.append(row)
             print(f"{row.case} {row.variant} {row.metric}: {row.value} {row.unit} {row.note}", flush=True)
@@ -221,6 +255,7 @@ def run_part(arguments: argparse.Namespace) -> int:
 
 
 def rows_of(part: Part, options: Options, until: float) -> Iterable[Row]:
+    """Rows one by one as the part finds them: stopped, it leaves those."""
     from dataclasses import replace
 
     if part.suite == "step":
@@ -228,16 +263,23 @@ def rows_of(part: Part, options: Options, until: float) -> Iterable[Row]:
         from bench.cases.step import measure as step
 
         building = 0.25 * max(0.0, until - time.monotonic())  # a variant that begins later would not be finished
-        options = replace(options, kinds=(part.kind,))
-        return step(options, [Cell()], part.peers, deadline=until - building)
+        rounds = min(options.rounds or part.rounds, part.rounds) if part.rounds else options.rounds
+        options = replace(options, kinds=(part.kind,), rounds=0 if options.quick else rounds)
+        return step(options, [Cell()], part.peers, until - building, part.exact)
     module: Any = importlib.import_module(f"bench.cases.{'ops' if part.suite == 'kernels' else part.suite}")
-    return module.measure(options) if part.suite in AS_FOUND else module.run(options)
+    return module.measure(options)
 
 
 def save(file: Path, rows: Iterable[Row]) -> None:
     part = file.with_suffix(".new")
     part.write_text(json.dumps([asdict(row) for row in rows], allow_nan=False), encoding="utf-8")
     part.replace(file)
+
+
+def saved(file: Path) -> list[Row]:
+    from bench.results import Row
+
+    return [Row(**row) for row in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------
@@ -253,15 +295,18 @@ def merged(rows: Iterable[Row], more: Iterable[Row]) -> list[Row]:
 
 
 def report(out: Path) -> None:
+    """report.html, and the plots that it shows in one archive; then no file is larger than LARGEST."""
     try:
-        from bench.report import write_report
+        from bench.report import PLOTS, write_report
 
         write_report(out)
+        with tarfile.open(out / f"{PLOTS}.tar.gz", "w:gz") as archive:
+            archive.add(out / PLOTS, PLOTS)
+        shutil.rmtree(out / PLOTS)
     except Exception as error:
         print(f"no report.html: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-    files = [file for file in out.rglob("*") if file.is_file()]
-    if sum(file.stat().st_size for file in files) > LARGEST:
-        log = out / "log.txt"
+    log = out / "log.txt"
+    if log.exists() and log.stat().st_size > LARGEST:
         log.write_text(log.read_text(encoding="utf-8", errors="replace")[-1_000_000:], encoding="utf-8")
 
 
