@@ -75,6 +75,7 @@ def describe(model: type[BaseModel], recipes: str, default: str) -> str:
     """The help text: usage, then every field with its type, default and meaning."""
     lines = [
         "usage: deepspeed dopsd_fast/train.py [RECIPE | FILE.toml] [field=value ...]",
+        "       deepspeed --module dopsd_fast.train ...    where the package is installed without the checkout",
         "",
         *textwrap.wrap(f"recipes: {recipes} (without one: {default})", 110, subsequent_indent="  "),
         "Values are TOML: numbers, true, false, [\"lists\"]; anything else is taken as text.",

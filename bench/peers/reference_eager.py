@@ -269,7 +269,7 @@ class ReferenceEncoders:
         self, folder: Path, vlm_folder: Path | None = None, *, device="cpu", dtype=torch.float32, max_pixels: int = 0
     ) -> None:
         from diffusers import ZImagePipeline
-        from transformers import AutoImageProcessor, AutoTokenizer, Qwen3VLForConditionalGeneration
+        from transformers import AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3VLForConditionalGeneration
 
         vlm_folder = vlm_folder or Path(folder) / "vlm"
         self.device = torch.device(device)
@@ -278,7 +278,8 @@ class ReferenceEncoders:
             self.pipeline = ZImagePipeline.from_pretrained(folder, transformer=None, vae=None, torch_dtype=dtype)
         self.pipeline.to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(vlm_folder)
-        self.image_processor = AutoImageProcessor.from_pretrained(vlm_folder, backend="pil")
+        # By its name: AutoImageProcessor wants torchvision up to transformers 5.17, whatever backend it is asked for.
+        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(vlm_folder)
         usual = self.image_processor.size
         self.size = {"shortest_edge": usual["shortest_edge"], "longest_edge": max_pixels or usual["longest_edge"]}
         self.vlm = Qwen3VLForConditionalGeneration.from_pretrained(vlm_folder, dtype=dtype).eval().to(device)
