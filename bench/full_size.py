@@ -18,7 +18,7 @@ Python 3.12, torch 2.11, Triton 3.6, transformers and PEFT, bring wheels, made e
     python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 \
         --platform manylinux_2_28_x86_64 -c constraints.txt -d wheels \
         pydantic pydantic-core annotated-types typing-inspection typing-extensions diffusers hjson
-    DS_BUILD_OPS=0 python -m pip wheel --no-deps --no-build-isolation -c constraints.txt -w wheels deepspeed  # there is no wheel
+    DS_BUILD_OPS=0 python -m pip wheel --no-deps --no-build-isolation -c constraints.txt -w wheels deepspeed  # has no wheel
 
 and there, in a copy of this repository:
 
