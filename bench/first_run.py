@@ -154,21 +154,26 @@ def main(argv: Sequence[str]) -> int:
     unknown = [name for name in arguments.stages if name not in STAGES]
     if unknown:
         refused = f"{SCRIPT}: no stage {', '.join(unknown)}; stages: {', '.join(STAGES)}"
-    if not refused:
-        device, refused = device_of(arguments.device, quick)
     if refused:
         print(refused, file=sys.stderr)
         return 2
 
-    from bench.machine import environment
+    from bench.machine import device_named, environment
     from bench.results import Options
+    from dopsd_fast.errors import UserError
     from dopsd_fast.telemetry import quiet_libraries
 
     quiet_libraries()
     threads = 1 if quick else min(4, os.cpu_count() or 1)
-    options = Options("zimage-small" if quick else "zimage-turbo", device, quick=quick, threads=threads)
     try:
+        device = device_named(arguments.device)
+        if device.type != "cuda" and not quick:
+            raise UserError("Z-Image at full size needs a GPU, there is none; QUICK=1 tries every stage on a CPU")
+        options = Options("zimage-small" if quick else "zimage-turbo", device, quick=quick, threads=threads)
         run = Run(arguments.out, options)
+    except UserError as error:
+        print(f"{SCRIPT}: {error}", file=sys.stderr)
+        return 2
     except OSError as error:
         print(f"{SCRIPT}: {arguments.out}: {error.strerror}: name a folder that can be written to", file=sys.stderr)
         return 2
@@ -184,22 +189,6 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--minutes", type=float, default=10.0, help="all of it ends within")
     found.add_argument("--device", default="auto", help="auto, cuda, cuda:1, cpu")
     return found
-
-
-def device_of(name: str, quick: bool) -> tuple[torch.device, str]:
-    """The device, or one line that says why it cannot be used."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        return torch.device("cpu"), f"{SCRIPT}: --device {name}: {str(error).splitlines()[0]}"
-    if device.type != "cuda" and not quick:
-        return device, f"{SCRIPT}: Z-Image at full size needs a GPU, there is none; QUICK=1 tries every stage on a CPU"
-    return device, ""
 
 
 def stages_of(run: Run, names: Sequence[str], limit: float) -> int:

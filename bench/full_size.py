@@ -106,13 +106,17 @@ def main(argv: Sequence[str]) -> int:
     missing = absent(needed=False)
     if missing:
         print(f"not installed here, what needs them falls back: {', '.join(missing)}", flush=True)
-    out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
-
     from bench.machine import environment
     from bench.results import FILE, read_results, write_results
+    from dopsd_fast.errors import UserError
 
-    options = options_of(arguments)
+    try:
+        options = options_of(arguments)
+    except UserError as error:
+        print(f"bench/full_size.py: {error}", file=sys.stderr)
+        return 2
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
     facts = environment(options) | {"missing": missing, "script": "bench/full_size.py"}
     rows = list(read_results(out)[1]) if (out / FILE).exists() else []
 
@@ -152,16 +156,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def options_of(arguments: argparse.Namespace) -> Options:
-    import torch
-
+    from bench.machine import device_named
     from bench.results import Options
 
-    name = arguments.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    model = arguments.model or ("zimage-turbo" if name.startswith("cuda") else "zimage-small")
+    device = device_named(arguments.device)
+    model = arguments.model or ("zimage-turbo" if device.type == "cuda" else "zimage-small")
     threads = arguments.threads or min(2, os.cpu_count() or 1)
-    return Options(model, torch.device(name), arguments.quick, threads, arguments.rounds, tour=not arguments.quick)
+    return Options(model, device, arguments.quick, threads, arguments.rounds, tour=not arguments.quick)
 
 
 # ---- the parts, each in its own process ------------------------------------------------------------------------------

@@ -17,6 +17,19 @@ import torch
 
 from bench.clock import interleaved, kernel_clock
 from bench.results import ROOT, Options
+from dopsd_fast.errors import UserError
+
+
+def device_named(name: str) -> torch.device:
+    """What --device says; "auto": a GPU if there is one. UserError: it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def environment(options: Options) -> dict[str, Any]:

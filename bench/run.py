@@ -73,22 +73,14 @@ def bench(argv: list[str]) -> int:
     if missing:
         raise UserError(f"bench: {', '.join(missing)} not installed: pip install -c constraints.txt -e '.[bench]'")
 
-    import torch
-
+    from bench.machine import device_named
     from bench.models import Model
     from bench.results import Options
     from dopsd_fast.telemetry import quiet_libraries
 
     quiet_libraries()
     warnings.filterwarnings("ignore", ".*complex operators", UserWarning)  # R3's RoPE is in complex numbers, as published
-    name = arguments.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    device = device_named(arguments.device)
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
     threads = arguments.threads or min(2, os.cpu_count() or 1)

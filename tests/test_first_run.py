@@ -118,6 +118,7 @@ def test_a_stage_that_raises_is_a_line_keeps_nothing_and_stops_no_other(quick):
 
     def without_memory(run):
         large = Large()
+        large.itself = large  # as modules and hooks refer to each other
         seen.append(weakref.ref(large))
         raise torch.OutOfMemoryError("no room\nfor it")
 

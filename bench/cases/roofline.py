@@ -158,9 +158,9 @@ def _speed(
     status: Mapping[str, tuple[Status, str]], options: Options,
 ) -> list[Row]:  # fmt: skip
     clock, repeats = kernel_clock(options.device, options.clock), 1
-    if clock != "events" and not options.quick:  # events tell of a single call
+    if clock != "events":  # which tell of a single call
         once = max(values[-1] for values in interleaved(calls, 1, 1, options.device).values())
-        repeats = max(1, round(SHORTEST / once))
+        repeats = 1 if options.quick else max(1, round(SHORTEST / once))
     many = {variant: partial(_repeat, call, repeats) for variant, call in calls.items()}
     found = interleaved(many, options.repeats(30, tour=10), 2, options.device, clock)
     seconds = {variant: [value / repeats for value in values] for variant, values in found.items()}
