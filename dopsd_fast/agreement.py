@@ -168,7 +168,7 @@ def of_records(data: Dataset) -> dict[str, Any]:
             "size": record.size,
             "bucket": [record.height, record.width],
             "size in bytes": [_bytes(file) for file in record.images],
-            "content": record.content,
+            "picture": record.content,
         }
     return found
 

@@ -105,11 +105,14 @@ def _open(
     _check_free(folder, settings, in_place)  # the process that was waited for may have begun a run here
 
     if source is not None and not in_place:
-        _check_same(settings, source.parent.parent, source, global_batch, records)
+        _check_same(settings, source.parent.parent, source, global_batch)
+        _check_data(settings, source.parent.parent, records)
         _branch(source, folder)
     found = checkpoints.latest(folder / "checkpoints")
     if _holds_run(folder):
-        _check_same(settings, folder, found, global_batch, records)
+        _check_same(settings, folder, found, global_batch)
+        if found is not None:
+            _check_data(settings, folder, records)
     if in_place and found is not None and source is not None and found.name != source.name:
         raise UserError(f"resume={settings.resume}: {folder} has gone on to {found.name}: give another output.dir")
     _write(folder / DATA, json.dumps({"format": 1, "records": records}, indent=1) + "\n")
@@ -176,11 +179,8 @@ def _branch(source: Path, folder: Path) -> None:
     begun.rename(folder / "checkpoints")
 
 
-def _check_same(
-    settings: Settings, run: Path, checkpoint: Path | None, global_batch: int, records: dict[str, Any]
-) -> None:
-    """The run's settings are `settings`, as far as its numbers depend on them, and where it has a checkpoint its records are
-    `records`: their number and order decide which of them, and which noise, belongs to a step."""
+def _check_same(settings: Settings, run: Path, checkpoint: Path | None, global_batch: int) -> None:
+    """The run's settings are `settings`, as far as its numbers depend on them."""
     now, before = settings, load_settings([str(run / "settings.toml")])
     ran = checkpoints.read_extra(checkpoint).get("global_batch") if checkpoint is not None else None
     old, new = _flat(before.model_dump()), _flat(now.model_dump())
@@ -201,10 +201,14 @@ def _check_same(
     if ran is not None and ran != global_batch:
         raise UserError(f"{run} holds a run with {ran} samples a step, now train.batch_size={now.train.batch_size} x "
                         f"train.accumulation={now.train.accumulation} x the number of ranks = {global_batch}: make them equal")
-    began = _read_data(run / DATA) if checkpoint is not None else None
+
+
+def _check_data(settings: Settings, run: Path, records: dict[str, Any]) -> None:
+    """The run began with `records`: their number and order decide which of them, and which noise, belongs to a step."""
+    began = _read_data(run / DATA)
     if began is not None and (changes := _changes(began, records)):
-        raise UserError(f"data.path={now.data.path} is not what {run} began with: {changes}: restore the data set to continue "
-                        "the run, or begin another in a new output.dir")
+        raise UserError(f"data.path={settings.data.path} is not what {run} began with: {changes}: restore the data set to "
+                        "continue the run, or begin another in a new output.dir")
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -213,7 +217,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     added, removed = [new[key]["file"] for key in new if key not in old], [old[key]["file"] for key in old if key not in new]
     found = [f"{len(names)} record(s) {what} ({some_of(names)})" for names, what in ((added, "added"), (removed, "removed"))
              if names]
-    for field, what in (("content", "the picture"), ("prompts", "the prompts"), ("images", "the list of pictures"),
+    for field, what in (("picture", "the picture"), ("prompts", "the prompts"), ("images", "the list of pictures"),
                         ("size", "the stated size"), ("bucket", "the bucket")):
         names = [new[key]["file"] for key in new if key in old and old[key].get(field) != new[key].get(field)]
         found += [f"{what} of {some_of(names)} changed"] if names else []

@@ -453,11 +453,12 @@ class Trainer:
         s = self.settings
         lines = [f"finished {s.train.steps} steps in {self.folder}",
                  f"  samples/       {self.showcase.last.name if self.showcase.last else 'none'}",
-                 "  metrics.jsonl, tensorboard/, checkpoints/", *(f"  {line}" for line in exported)]
+                 "  metrics.jsonl, tensorboard/, checkpoints/"]
         if self.engine.keeps_ema:
             gone = 1 - s.teacher.ema_decay**s.train.steps
             lines.append(f"  the EMA (the teacher, export_teacher/) has gone {100 * gone:.3g} % of the way from the start to "
                          f"the student: 1 - {s.teacher.ema_decay}^{s.train.steps}")
+        lines += [f"  {line}" for line in exported]
         return "\n".join(lines + self.left_out())
 
     def left_out(self) -> list[str]:

@@ -249,7 +249,7 @@ def test_content_is_known_by_its_bytes(tmp_path):
     content = (tmp_path / "1.png").read_bytes()
     (tmp_path / "1.png").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size
     after = of_records(read(tmp_path))
-    assert [i for i in before if before[i] != after[i]] == ["1"] and before["1"]["content"] != after["1"]["content"]
+    assert [i for i in before if before[i] != after[i]] == ["1"] and before["1"]["picture"] != after["1"]["picture"]
 
 
 def add(folder):
