@@ -14,8 +14,8 @@ def files_below(folder: Path) -> list[Path]:
 
     Linked folders are followed. Each real folder is read once, by its own path rather than by a link to it where both lie
     below `folder`: a link that leads back to a folder above it would otherwise never end, and a picture that is reached in
-    two ways would be trained on twice. A link that leads nowhere counts as a file, so that reading it names it. Raises
-    UserError for a folder that cannot be read.
+    two ways would be trained on twice. A link that leads nowhere, or to itself, counts as a file, so that it can be named.
+    Raises UserError for a folder that cannot be read.
     """
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
@@ -33,7 +33,7 @@ def files_below(folder: Path) -> list[Path]:
                     if entry.name.startswith("."):
                         continue
                     path = here / entry.name
-                    if not entry.is_dir():
+                    if not _is_folder(entry):
                         found.append(path)
                     elif entry.is_symlink():
                         links.append(path)
@@ -42,6 +42,13 @@ def files_below(folder: Path) -> list[Path]:
         except OSError as error:
             raise UserError(f"data set {folder} cannot be read: {here}: {error.strerror}") from None
     return sorted(found)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links that lead to each other
+        return False
 
 
 class Locator:
@@ -54,10 +61,11 @@ class Locator:
         """`root / name` if it is there; else the only file that differs from it in the case of letters alone; else
         `root / name`. ValueError for a name that no file can have."""
         exact = root / name
-        if exact.exists() or Path(name).is_absolute():
+        if exact.exists():
             return exact
-        here = root
-        for part in Path(name).parts:
+        given = Path(name)
+        here = Path(given.anchor) if given.anchor else root
+        for part in given.parts[1 if given.anchor else 0 :]:
             step = here / part
             if not step.exists():
                 alike = self._listing(here).get(part.casefold(), [])

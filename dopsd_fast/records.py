@@ -22,7 +22,7 @@ from typing import Any
 
 from dopsd_fast import images
 from dopsd_fast.buckets import bucket_sizes, nearest_bucket
-from dopsd_fast.conditioning.fingerprint import sampled_digest
+from dopsd_fast.conditioning.fingerprint import hash_file
 from dopsd_fast.data_folder import Locator, files_below
 from dopsd_fast.errors import UserError
 from dopsd_fast.settings import DataSettings
@@ -59,7 +59,7 @@ class Record:
     width: int = 0
     """Width of the bucket in pixels."""
     content: list[str] = field(default_factory=list)
-    """Digest of each image file (`sampled_digest`), in the order of `images`."""
+    """sha256 of each image file, in the order of `images`."""
 
 
 @dataclass
@@ -163,8 +163,8 @@ def _contradicts(stated: tuple[int, int], found: tuple[int, int]) -> bool:
 
 
 def some_of(names: Iterable[str], most: int = NAMED) -> str:
-    """The first names, and how many more there are."""
-    found = list(names)
+    """The first names, and how many more there are, on one line that any console can show."""
+    found = [" ".join(name.split()).encode("utf-8", "backslashreplace").decode() for name in names]
     return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
@@ -251,9 +251,12 @@ def _read_folder(folder: Path, files: list[Path], wanted: list[str], dataset: Da
     captions = _Captions(files)
     used: set[Path] = set()
     stray: list[str] = []
+    nowhere: list[str] = []
     for file in files:
         readable = images.is_readable(file)
         if not readable and not images.is_other_picture(file):
+            if file.is_symlink() and not file.exists():
+                nowhere.append(str(file.relative_to(folder)))
             continue
         found = captions.of(file)
         used.update(found)
@@ -271,6 +274,8 @@ def _read_folder(folder: Path, files: list[Path], wanted: list[str], dataset: Da
             _read_caption(found[0], wanted, draft)
         yield draft
     dataset.skipped += [(str(caption), NO_PICTURE) for caption in captions.files if caption not in used]
+    if nowhere:
+        dataset.notes.append(("left out", f"{len(nowhere)} link(s) that lead nowhere: {some_of(nowhere)}"))
     if stray:
         dataset.notes.append(("left out", f"{len(stray)} picture(s) of types that cannot be read, without captions: "
                                           f"{some_of(stray)}"))
@@ -318,17 +323,18 @@ def _read_jsonl(path: Path, wanted: list[str]) -> Iterator[_Draft]:
 
 
 def _read_object(content: dict[str, Any], wanted: list[str], draft: _Draft) -> None:
-    paths = content.get("local_path_list", content.get("file_name"))
+    lower = {key.lower(): value for key, value in content.items()}
+    paths = lower.get("local_path_list", lower.get("file_name"))
     paths = [paths] if isinstance(paths, str) else paths
     if not isinstance(paths, list) or not paths or not all(isinstance(name, str) and name for name in paths):
         draft.problem = 'no image: expected "local_path_list": ["image.jpg"] or "file_name": "image.jpg"'
         return
     draft.paths = [paths[-1], *paths[:-1]]
     for key in ("h*w", "w*h"):
-        if key in content:
-            size = _parse_size(content[key], len(paths))
+        if key in lower:
+            size = _parse_size(lower[key], len(paths))
             if size is None:
-                shown = json.dumps(content[key])[:60]
+                shown = json.dumps(lower[key])[:60]
                 draft.problem = f'"{key}" is {shown}, expected two numbers as in "1024*768", or a list of such, one a picture'
                 return
             draft.size = size if key == "h*w" else size[::-1]
@@ -420,7 +426,7 @@ def _check_all(drafts: list[_Draft], root: Path, locator: Locator) -> Iterator[_
             for name in draft.paths:
                 seen.files.append(_located(locator, root, name))
             seen.size = [images.check_image(file) for file in seen.files][0]
-            seen.content = [sampled_digest(file) for file in seen.files]
+            seen.content = [hash_file(file) for file in seen.files]
         except UserError as error:
             seen.problem = str(error)
         return seen

@@ -239,10 +239,14 @@ def _by_name(records: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
 def _read_data(file: Path) -> dict[str, Any] | None:
     """The records that a run began with; None for a run of before they were kept, UserError for a damaged file."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))["records"]
+        records = json.loads(file.read_text(encoding="utf-8"))["records"]
+        for record in records.values():
+            if not isinstance(record["file"], str):
+                raise ValueError("a record names no file")
+        return records
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged ({error}): it says which records this run began with; remove it to continue "
                         "without that check") from None
 

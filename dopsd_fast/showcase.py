@@ -101,7 +101,7 @@ class Showcase:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            why = " ".join(str(error).split()[:12])
+            why = " ".join(str(error).split()[:12]) or type(error).__name__
         if latent is None and self.trainer.engine.stage == 3:
             raise UserError(f"out of memory while drawing a sample ({why}...), which ZeRO-3 cannot leave out: draw none "
                             "(sample.every=0 sample.count=0 sample.prompts=[]); resume=auto continues from the last checkpoint")

@@ -15,7 +15,7 @@ from dopsd_fast.agreement import of_records
 from dopsd_fast.errors import UserError
 from dopsd_fast.images import is_other_picture, is_readable
 from dopsd_fast.records import Dataset, read_records
-from dopsd_fast.run_folder import _changes
+from dopsd_fast.run_folder import _changes, _read_data
 from dopsd_fast.settings import DataSettings
 from tests.driving import numbers, picture, start, words
 
@@ -177,8 +177,10 @@ def test_names_in_a_jsonl_may_differ_in_case(tmp_path):
     shutil.move(tmp_path / "Set" / "2.png", tmp_path / "Set" / "Sub" / "Two.png")
     file.write_text(file.read_text().replace("2.png", "SUB/two.PNG"))
     assert [record.images[0].name for record in read(file).records] == ["0.png", "1.png", "Two.png", "3.png"]
+    file.write_text(file.read_text().replace('"3.png"', json.dumps(str(tmp_path / "SET" / "3.Png"))))
+    assert read(file).records[3].images[0] == tmp_path / "Set" / "3.png"
     upper = file.rename(file.with_name("METADATA.JSONL"))
-    upper.write_text(upper.read_text().replace("local_path_list", "file_name").replace("short_en", "text"))
+    upper.write_text(upper.read_text().replace("local_path_list", "File_Name").replace("short_en", "text"))
     assert read(upper.parent).format == "huggingface"
 
 
@@ -189,7 +191,9 @@ def test_linked_folders_are_followed_and_loops_survived(tmp_path):
     (set_ / "loop").symlink_to(set_, target_is_directory=True)
     (elsewhere / "back").symlink_to(set_, target_is_directory=True)
     (set_ / "nowhere").symlink_to(tmp_path / "gone", target_is_directory=True)
+    (set_ / "itself").symlink_to(set_ / "itself")
     dataset = read(set_)
+    assert "2 link(s) that lead nowhere: itself, nowhere" in notes(dataset, "left out")
     assert sorted(record.prompts["caption"] for record in dataset.records) == ["a cat 0", "a cat 1", "a dog 0", "a dog 1"]
     inner = pairs(set_ / "z", 1, "a bird")
     (set_ / "a").symlink_to(inner, target_is_directory=True)  # by its own path, not by the link's
@@ -250,6 +254,30 @@ def test_content_is_known_by_its_bytes(tmp_path):
     (tmp_path / "1.png").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size
     after = of_records(read(tmp_path))
     assert [i for i in before if before[i] != after[i]] == ["1"] and before["1"]["picture"] != after["1"]["picture"]
+
+
+def test_a_large_picture_is_known_by_all_its_bytes(tmp_path):
+    Image.new("RGB", (700, 700)).save(tmp_path / "0.bmp")  # not compressed: a change stays where it is
+    (tmp_path / "0.txt").write_text("a cat")
+    before = of_records(read(tmp_path))
+    content = bytearray((tmp_path / "0.bmp").read_bytes())
+    content[len(content) // 3 + 5000] ^= 255
+    (tmp_path / "0.bmp").write_bytes(content)
+    assert _changes(before, of_records(read(tmp_path))) == "the picture of 0.bmp changed"
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"records": [1]}', '{"records": {"0": {"a": 1}}}', '{"records": null}'])
+def test_a_damaged_account_of_the_data_is_one_line(tmp_path, text):
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(UserError, match="data.json is damaged"):
+        _read_data(tmp_path / "data.json")
+    assert _read_data(tmp_path / "none.json") is None
+
+
+def test_column_names_are_shown_on_one_line(tmp_path):
+    file = jsonl(tmp_path, short_en="a cat {}", **{"odd\nname": "x", "\ud800": "y"})
+    said = notes(read(file), "prompts")
+    assert "odd name" in said and "\\ud800" in said and said.isprintable()
 
 
 def add(folder):

@@ -59,6 +59,17 @@ def test_a_variant_is_named_and_can_be_allowed(tmp_path, kind, file, changes, dr
         family.check_variant(["kv" if name != "kv" else "base"])
 
 
+@pytest.mark.parametrize(
+    "kind, file, changes",
+    [("zimage", SCHEDULER, {"shift": "6.0"}), ("zimage", SCHEDULER, {"shift": None}), ("zimage", TRANSFORMER, {"dim": None}),
+     ("flux2_klein", TRANSFORMER, {"num_attention_heads": "48"}), ("flux2_klein", INDEX, {"is_distilled": "false"})],
+)  # fmt: skip
+def test_values_of_another_type_are_one_line(tmp_path, kind, file, changes):
+    family = open_family(variant(tmp_path / "model", kind, file, changes), CONDITIONING)
+    with pytest.raises(UserError, match="model.path"):
+        family.check_variant([])
+
+
 def test_several_differences_are_told_at_once(tmp_path):
     folder = variant(tmp_path / "model", "flux2_klein", INDEX, {"is_distilled": False})
     config = json.loads((folder / TRANSFORMER).read_text()) | {"guidance_embeds": True}

@@ -32,7 +32,7 @@ def hash_folder(folder: Path) -> str:
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
     with ThreadPoolExecutor(4) as pool:  # hashlib releases the GIL
-        digests = list(pool.map(_hash_file, files))
+        digests = list(pool.map(hash_file, files))
     return digest([[file.relative_to(folder).as_posix(), value] for file, value in zip(files, digests, strict=True)])
 
 
@@ -41,7 +41,8 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def _hash_file(file: Path) -> str:
+def hash_file(file: Path) -> str:
+    """sha256 of all of a file."""
     try:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -73,7 +73,11 @@ class Family(ABC):
     def check_variant(self, allowed: Sequence[str]) -> list[str]:
         """What makes this folder another model than the few-step one that the family deploys, a line each, all of it allowed
         by `model.allow`. UserError for what is not. Reads configuration files alone."""
-        found = list(self._variants())
+        try:
+            found = list(self._variants())
+        except (TypeError, ValueError) as error:
+            raise UserError(f"model.path={self.path}: model_index.json, transformer/config.json or "
+                            f"scheduler/scheduler_config.json holds a value of another type than it should: {error}") from error
         refused = {name: why for name, why in found if name not in allowed}
         if refused:
             names = [*dict.fromkeys([*allowed, *refused])]

@@ -67,7 +67,7 @@ class Flux2Klein(Family):
         if self.index.get("_class_name") == KV_PIPELINE:
             yield "kv", (f"model_index.json names {KV_PIPELINE}, a variant trained for another attention than is computed here "
                          "(its references do not see the picture)")
-        elif not self.index.get("is_distilled"):
+        elif self.index.get("is_distilled") is not True:
             yield "base", "model_index.json does not say is_distilled: true, so this is the base checkpoint of many steps"
         model, scheduler = self.transformer_config, self.scheduler_config
         if model.get("guidance_embeds", True):
