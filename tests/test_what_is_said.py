@@ -23,7 +23,7 @@ from dopsd_fast.showcase import Showcase, Shown
 from dopsd_fast.teacher import coverage_by_kind
 from dopsd_kernels.adamw_ema_triton import join, split, untie_
 from tests import tiny
-from tests.driving import ROOT, data, python, start, words
+from tests.driving import ROOT, data, start, words
 
 CONDITIONING = ConditioningSettings(max_text_tokens=32, max_vlm_tokens=64)
 
@@ -268,8 +268,3 @@ runpy.run_path({str(ROOT / "dopsd_fast" / f"{module}.py")!r}, run_name="__main__
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and len(lines) == 1 and "Windows" in lines[0] and "WSL" in lines[0]
     assert "Traceback" not in done.stderr
-
-
-def test_python_alone_starts_it():
-    """The same command where the platform is supported reads its settings."""
-    python(["train.stepz=3"]).fail("train.stepz")
