@@ -1,4 +1,4 @@
-"""A run that commit 352c74f of 2026-11-29 began, when dopsd_fast was one flat folder of modules, is continued by today's code."""
+"""A run that commit 352c74f of 2026-11-29 began, when dopsd_fast was one flat folder of modules, is continued today."""
 
 import json
 import shutil

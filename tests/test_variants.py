@@ -8,9 +8,10 @@ import torch
 
 from dopsd_fast import plan
 from dopsd_fast.errors import UserError
-from dopsd_fast.families import open_family
-from dopsd_fast.families.flux2 import KV_PIPELINE
-from dopsd_fast.settings import ConditioningSettings, load_settings
+from dopsd_fast.families.flux2.family import KV_PIPELINE
+from dopsd_fast.families.registry import open_family
+from dopsd_fast.settings.load import load_settings
+from dopsd_fast.settings.schema import ConditioningSettings
 from tests import tiny
 from tests.driving import data, start, words
 
