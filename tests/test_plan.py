@@ -32,6 +32,7 @@ from dopsd_fast.conditioning.context import Shapes  # noqa: E402
 from dopsd_fast.errors import UserError  # noqa: E402
 from dopsd_fast.families.published import published_family  # noqa: E402
 from dopsd_fast.families.zimage.family import ZImage  # noqa: E402
+from dopsd_fast.memory import planner  # noqa: E402
 from dopsd_fast.memory.activations import LiveBytes  # noqa: E402
 from dopsd_fast.memory.ledger import PROCESS, Machine, shard  # noqa: E402
 from dopsd_fast.settings.load import RECIPES, load_settings  # noqa: E402
@@ -197,7 +198,7 @@ def test_estimate_is_within_a_tenth_of_the_measured_peak(ranks: int, name: str, 
     """A tenth is what is promised. What may differ: pages that malloc keeps, padding to pages, and scratch of the matrix
     library, some 10 MB against 250 MB or more."""
     machine = Machine(ranks, ranks, None, None, "cpu")
-    found = plan.make_plan(settings_of(CASES[ranks][name]), machine, RandomZImage(), SHAPES)
+    found = planner.make_plan(settings_of(CASES[ranks][name]), machine, RandomZImage(), SHAPES)
     estimate, measured_bytes = found.device_peak - PROCESS, peaks[ranks, name]
     assert abs(estimate / measured_bytes - 1) <= 0.1, f"{estimate / 1e6:.0f} MB planned, {measured_bytes / 1e6:.0f} MB measured"
 
@@ -241,9 +242,9 @@ def test_activations_of_full_size_are_those_counted_by_hand() -> None:
 
 
 @functools.cache
-def planned(words: str, gpus: int, memory: float, host: float | None = None, nodes: int = 1) -> plan.Plan:
+def planned(words: str, gpus: int, memory: float, host: float | None = None, nodes: int = 1) -> planner.Plan:
     machine = Machine(gpus * nodes, gpus, int(memory * 1e9), None if host is None else int(host * 1e9), "cuda")
-    return plan.make_plan(load_settings(words.split()), machine)
+    return planner.make_plan(load_settings(words.split()), machine)
 
 
 def test_full_size_on_one_141_gb_gpu() -> None:
@@ -307,7 +308,7 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     settings = load_settings(["zimage_turbo_full"])
     settings.train.masters = "low_bits"
     with pytest.raises(UserError, match=r"train\.masters=low_bits needs deepspeed\.stage=0"):
-        plan.make_plan(settings, Machine(8, 8, 80 * 10**9, None, "cuda"))
+        planner.make_plan(settings, Machine(8, 8, 80 * 10**9, None, "cuda"))
 
 
 def test_shares_are_padded_tensor_by_tensor() -> None:
@@ -326,7 +327,7 @@ def test_the_machine_here() -> None:
 @pytest.mark.parametrize(("memory", "code"), [("1000", 0), ("1.1", 1)])
 def test_command_on_every_recipe(recipe: str, memory: str, code: int, capsys: pytest.CaptureFixture[str],
                                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    monkeypatch.setattr(plan.Planner, "advice", lambda planner, settings: "ADVICE")  # its search is tested above
+    monkeypatch.setattr(planner.Planner, "advice", lambda planner, settings: "ADVICE")  # its search is tested above
     assert plan.main([recipe, "--gpus", "8", "--memory", memory]) == code
     out, err = capsys.readouterr()
     assert err == "" and "GB = 1e9 bytes" in out

@@ -237,7 +237,7 @@ def test_the_export_of_low_bits_is_the_live_weight(tmp_path):
     trainer = SimpleNamespace(
         engine=SimpleNamespace(full_tensors=lambda branch: ((name, tensor.clone()) for name, tensor in masters.items())),
         settings=SimpleNamespace(train=SimpleNamespace(masters="low_bits")), pair=SimpleNamespace(lora_config=None), rank=0,
-        family=family, agree=agree,
+        family=family, consensus=SimpleNamespace(agree=agree),
     )  # fmt: skip
     out = tmp_path / "export"
     verify_export._export(trainer, "student", out)

@@ -15,14 +15,17 @@ Context = dict[str, Tensor]
 """Named tensors of one sample: `text` `[T, D]`, and what else the family's transformer reads beside the latents."""
 
 
+TensorShapes = Mapping[str, tuple[int, ...]]
+"""The shape of each tensor of a context. `reference_ids` are the only integers."""
+
+
 @dataclass(frozen=True)
 class Shapes:
-    """What one item of a batch is made of. latent: (C, h, w). student, teacher: the shape of each tensor of a context;
-    `reference_ids` are the only integers."""
+    """What one item of a batch is made of. latent: (C, h, w)."""
 
     latent: tuple[int, int, int]
-    student: Mapping[str, tuple[int, ...]]
-    teacher: Mapping[str, tuple[int, ...]]
+    student: TensorShapes
+    teacher: TensorShapes
 
 
 class ContextMaker(Protocol):

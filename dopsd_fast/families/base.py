@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dopsd_fast.conditioning.context import Context
+from dopsd_fast.conditioning.context import Context, TensorShapes
 from dopsd_fast.conditioning.encoders import Encoders
 from dopsd_fast.conditioning.fingerprint import hash_folder
 from dopsd_fast.conditioning.text import load_pretrained
@@ -20,7 +20,7 @@ from dopsd_fast.errors import UserError
 from dopsd_fast.families.pipeline_folder import PARTS, diffusers_class, read_json
 from dopsd_fast.method.trajectory import shifted_grid
 from dopsd_fast.pair.contract import PairForward
-from dopsd_fast.settings.schema import embedded
+from dopsd_fast.settings.schema import ConditioningSettings, embedded
 from dopsd_fast.storage.digests import digest
 
 OTHER_SCHEDULES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "shift_terminal")
@@ -34,8 +34,6 @@ class Family(ABC):
 
     name: ClassVar[str]
     pipeline_class: ClassVar[str]
-    other_pipelines: ClassVar[tuple[str, ...]] = ()
-    """Classes of pipelines for variants of the model that `model.allow` can let in."""
     transformer_class: ClassVar[str]
     vae_class: ClassVar[str]
     contexts: ClassVar[tuple[str, ...]]
@@ -48,14 +46,14 @@ class Family(ABC):
     hidden_layers: ClassVar[tuple[int, ...]]
     """Which hidden states of the text encoder make a text context."""
 
-    def __init__(self, path: Path, conditioning: Any):
+    def __init__(self, path: Path, conditioning: ConditioningSettings):
         self.path = path
         self.conditioning = conditioning
         self.index = read_json(path / "model_index.json")
         for part in PARTS:
             if not (path / part).is_dir():
                 raise UserError(f"{path}: part {part}/ is missing, a {self.pipeline_class} folder has {', '.join(PARTS)}")
-        wanted = getattr(conditioning, "context", "auto")
+        wanted = conditioning.context
         if wanted not in ("auto", *self.contexts):
             raise UserError(f"conditioning.context={wanted}: {self.name} has {', '.join(self.contexts)}")
         self.context = self.contexts[0] if wanted == "auto" else wanted
@@ -119,6 +117,10 @@ class Family(ABC):
         """The pipeline's grid when called with sigmas 1, 1 - 1/steps, .., 1/steps; 0 steps: the usual count."""
         return self.train_grid(steps or self.deployment_steps, 0.0, latent_shape)
 
+    @abstractmethod
+    def largest_contexts(self, latent: tuple[int, int, int]) -> tuple[TensorShapes, TensorShapes]:
+        """Shapes of the longest student and teacher context that the settings allow, beside a latent (C, h, w)."""
+
     # ---- transformer -----------------------------------------------------------------------------------------------
 
     lora_kinds: ClassVar[dict[str, str]]
@@ -135,7 +137,7 @@ class Family(ABC):
             diffusers_class(self.transformer_class), self.path / "transformer", torch_dtype=dtype, low_cpu_mem_usage=True
         ).requires_grad_(True)
 
-    def meta_transformer(self) -> nn.Module:
+    def meta_transformer(self) -> Any:
         """The same model on the meta device, from its config alone."""
         with torch.device("meta"):
             return diffusers_class(self.transformer_class).from_config(self.transformer_config).eval()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-# ---- the model ---------------------------------------------------------------------------------------------------------
+from dopsd_fast.families.base import Family
+from dopsd_fast.families.registry import family_class
+from dopsd_fast.settings.schema import ConditioningSettings
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "zimage": dict(title="Z-Image", transformer={}, latent_channels=16),
@@ -17,13 +19,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 """Where they differ from diffusers' defaults. Both have a VAE that halves the sides three times."""
 
 
-def published_family(name: str, conditioning: Any) -> Any:
+def published_family(name: str, conditioning: ConditioningSettings) -> Family:
     """The family `name` with its published architecture, for what needs no file of the model."""
-    from dopsd_fast.families.registry import FAMILIES
-
-    known = PUBLISHED[name]
-    family: Any = object.__new__(FAMILIES[name])
-    family.path, family.conditioning, family.context = None, conditioning, FAMILIES[name].contexts[0]
+    known, kind = PUBLISHED[name], family_class(name)
+    family: Any = object.__new__(kind)  # without a folder there is nothing to open
+    family.path, family.conditioning, family.context = None, conditioning, kind.contexts[0]
     family.transformer_config = known["transformer"]
     family.vae_config = {"block_out_channels": [0] * 4, "latent_channels": known["latent_channels"]}
     return family

@@ -26,8 +26,8 @@ from torch.utils._pytree import tree_leaves
 
 from dopsd_fast.conditioning.context import Shapes
 from dopsd_fast.data.buckets import bucket_sizes
+from dopsd_fast.families.base import Family
 from dopsd_fast.families.build import build_pair
-from dopsd_fast.families.flux2.family import REFERENCE_PIXELS
 from dopsd_fast.method.objective import StepInputs
 from dopsd_fast.method.registry import make_objective
 from dopsd_fast.pair.student_teacher import Pair
@@ -114,29 +114,18 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None,
     )[0]
 
 
-def largest_shapes(family: Any, settings: Settings) -> Shapes:
+def largest_shapes(family: Family, settings: Settings) -> Shapes:
     """The most tokens that the settings allow: the largest bucket, the longest prompts. UserError for a size that the model
     cannot take."""
-    from dopsd_fast.families.zimage.pair import PAD_MULTIPLE
-
     sizes = bucket_sizes(settings.data.resolution, family.pixel_multiple)
-    height, width = max(sizes, key=lambda size: size[0] * size[1])
-    latent = family.latent_shape(height, width)
-    config, c = dict(family.meta_transformer().config), settings.conditioning
-    if family.name == "zimage":
-        limit = (config["axes_lens"][0] - 2) // PAD_MULTIPLE * PAD_MULTIPLE  # more are refused
-        lengths = [min(most, limit) for most in (c.max_text_tokens, c.max_vlm_tokens)]
-        student, teacher = ({"text": (most, config["cap_feat_dim"])} for most in lengths)
-        return Shapes(latent, student, teacher)
-    text = {"text": (c.max_text_tokens, config["joint_attention_dim"])}
-    tokens = min(latent[1] * latent[2], REFERENCE_PIXELS // family.pixel_multiple**2)
-    return Shapes(latent, text, text | {"reference": (tokens, config["in_channels"]), "reference_ids": (tokens, 4)})
+    latent = family.latent_shape(*max(sizes, key=lambda size: size[0] * size[1]))
+    return Shapes(latent, *family.largest_contexts(latent))
 
 
 # ---- the pair on the meta device ---------------------------------------------------------------------------------------
 
 
-def meta_pair(family: Any, settings: Settings) -> Pair:
+def meta_pair(family: Family, settings: Settings) -> Pair:
     """The pair as `build_pair` makes it, without memory."""
     model = family.meta_transformer()
     without = SimpleNamespace(
@@ -147,7 +136,7 @@ def meta_pair(family: Any, settings: Settings) -> Pair:
     return build_pair(without, settings, dtype)  # type: ignore[arg-type]
 
 
-def measure(family: Any, settings: Settings, shapes: Shapes, gather: str | None, kind: str = "cuda") -> Activations:
+def measure(family: Family, settings: Settings, shapes: Shapes, gather: str | None, kind: str = "cuda") -> Activations:
     """`gather`: as `Pair.gather`. `kind`: of the machine; on a CPU we have no kernels for bf16. One or two states are traced,
     the others follow from them."""
     pair = meta_pair(family, settings)
@@ -161,7 +150,7 @@ def measure(family: Any, settings: Settings, shapes: Shapes, gather: str | None,
     return Activations(*(a + (states - 1) * (b - a) for a, b in zip(one, two)))
 
 
-def _states(family: Any, settings: Settings, shapes: Shapes, pair: Pair, states: int, bodies: bool) -> list[int]:
+def _states(family: Family, settings: Settings, shapes: Shapes, pair: Pair, states: int, bodies: bool) -> list[int]:
     """Of one micro-batch, or of two where gradients are accumulated: the second finds those of the first."""
     batch = settings.train.batch_size
     dtype = next(pair.student.parameters()).dtype

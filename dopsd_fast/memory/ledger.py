@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from dopsd_fast.families.base import Family
 from dopsd_fast.memory.activations import Activations, meta_pair
 from dopsd_fast.method.registry import make_objective
 from dopsd_fast.settings.schema import Settings
@@ -94,7 +95,7 @@ class Sizes:
         return self.trained + self.teacher + self.other
 
 
-def sizes_of(family: Any, settings: Settings) -> Sizes:
+def sizes_of(family: Family, settings: Settings) -> Sizes:
     pair = meta_pair(family, settings)
     trained = pair.trained()
     mine = {id(t.student) for t in trained} | {id(t.teacher) for t in trained if t.teacher is not None}

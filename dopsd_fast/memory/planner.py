@@ -10,10 +10,13 @@ from typing import Any
 
 from dopsd_fast.conditioning.context import Shapes
 from dopsd_fast.errors import UserError
+from dopsd_fast.families.base import Family
 from dopsd_fast.families.published import PUBLISHED, published_family
+from dopsd_fast.families.registry import open_family
 from dopsd_fast.memory.activations import largest_shapes, measure
 from dopsd_fast.memory.ledger import KINDS, Machine, Moment, Run, Sizes, device_of, sizes_of
-from dopsd_fast.settings.deepspeed_dict import contradictions, deepspeed_config
+from dopsd_fast.settings.deepspeed_dict import deepspeed_config
+from dopsd_fast.settings.load import contradictions
 from dopsd_fast.settings.schema import Settings
 
 GB = 1e9
@@ -106,7 +109,7 @@ _traced: dict[str, Any] = {}
 class Planner:
     """Plans of one model on one machine."""
 
-    def __init__(self, machine: Machine, family: Any, shapes: Shapes | None, source: str) -> None:
+    def __init__(self, machine: Machine, family: Family, shapes: Shapes | None, source: str) -> None:
         self.machine, self.family, self.shapes, self.source = machine, family, shapes, source
 
     def _once(self, key: Sequence[Any], make: Callable[[], Any]) -> Any:
@@ -238,7 +241,7 @@ def changed(settings: Settings, words: Sequence[str]) -> Settings:
     return copy
 
 
-def make_plan(settings: Settings, machine: Machine, family: Any = None, shapes: Shapes | None = None) -> Plan:
+def make_plan(settings: Settings, machine: Machine, family: Family | None = None, shapes: Shapes | None = None) -> Plan:
     """The plan of `settings` on `machine`. `family`, `shapes`: known already; else read from the settings, with the longest
     contexts and the largest bucket that they allow. UserError: settings that contradict each other, a model that is not
     known."""
@@ -252,10 +255,8 @@ def make_plan(settings: Settings, machine: Machine, family: Any = None, shapes: 
     return plan
 
 
-def find_family(settings: Settings) -> tuple[Any, str]:
+def find_family(settings: Settings) -> tuple[Family, str]:
     """(family, where its architecture comes from): the model's folder, or where there is none the published one."""
-    from dopsd_fast.families.registry import open_family
-
     model = settings.model
     if not model.folder.is_dir() and model.family in PUBLISHED:
         title = PUBLISHED[model.family]["title"]

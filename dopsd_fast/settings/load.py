@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dopsd_fast.errors import UserError
 from dopsd_fast.settings import deepspeed_dict, source
+from dopsd_fast.settings.names import FAMILIES
 from dopsd_fast.settings.schema import PACKAGE, MethodSettings, Settings
 
 RECIPES = PACKAGE / "recipes"
@@ -67,7 +68,7 @@ def contradictions(s: Settings) -> list[str]:
             f"conditioning.min_pixels={s.conditioning.min_pixels} is larger than "
             f"conditioning.max_pixels={s.conditioning.max_pixels}"
         )
-    family_context = {"zimage": "vlm", "flux2_klein": "edit"}.get(s.model.family)
+    family_context = FAMILIES[s.model.family].context if s.model.family != "auto" else ""
     if family_context and s.conditioning.context not in ("auto", family_context):
         found.append(
             f"conditioning.context={s.conditioning.context} with model.family={s.model.family}: "

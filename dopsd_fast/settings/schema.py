@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from dopsd_fast.settings import source
+from dopsd_fast.settings.names import ContextChoice, FamilyChoice, VariantChoice
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -51,9 +52,9 @@ class Section(BaseModel):
 class ModelSettings(Section):
     path: Text = "nano"
     """Pipeline folder in the diffusers layout; "nano" is the embedded one."""
-    family: Literal["auto", "zimage", "flux2_klein"] = "auto"
+    family: FamilyChoice = "auto"
     """Model family; auto reads it from the folder's model_index.json."""
-    allow: list[Literal["base", "kv", "guidance", "size", "shift"]] = []
+    allow: list[VariantChoice] = []
     """Train on a variant that the family's few steps are not made for, instead of refusing it: base, a checkpoint that is not
     distilled; kv, klein's variant with cached references; guidance, a transformer with a guidance embedding; size, one of
     another size than the published ones; shift, a scheduler that shifts time otherwise than the deployed one."""
@@ -174,7 +175,7 @@ class ConditioningSettings(Section):
     """Folder of the disk cache; empty: a folder named context_cache beside the run folder."""
     vlm_path: Text = ""
     """Folder of the vision-language model that the teacher reads the image with; empty: vlm inside model.path."""
-    context: Literal["auto", "vlm", "edit"] = "auto"
+    context: ContextChoice = "auto"
     """How the teacher sees the target image: vlm (Z-Image), edit (FLUX.2); auto is the family's own."""
     min_pixels: NonNegative = 0
     """Fewest pixels of an image that the vision-language model is shown; 0 is its processor's own."""

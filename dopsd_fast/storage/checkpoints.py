@@ -18,9 +18,9 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,19 +29,37 @@ from dopsd_fast.errors import UserError
 from dopsd_fast.storage.atomic import sync_folder
 from dopsd_fast.storage.safetensors_layout import Shard
 
-if TYPE_CHECKING:
-    from dopsd_fast.distributed.zero_engine import Engine
-
-
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})")
+
+
+class Stored(Protocol):
+    """What a checkpoint asks of an engine, which says what each of these is (`distributed.engine.Engine`)."""
+
+    rank: int
+    world: int
+    stage: int
+    kinds: tuple[str, ...]
+
+    def any(self, flag: bool) -> bool: ...
+
+    def gather_int(self, value: int) -> list[int]: ...
+
+    @property
+    def trained_parameters(self) -> int: ...
+
+    def fragment_sizes(self) -> list[tuple[str, int, int]]: ...
+
+    def state_fragments(self) -> Iterable[tuple[str, int, dict[str, Tensor], int]]: ...
+
+    def load_fragments(self, reader: Callable[[str, str, int, int], Tensor]) -> None: ...
 
 
 class NewerFormat(UserError):
     """A checkpoint of a later version of this program: there, but not for this one to read or to replace."""
 
 
-def save(folder: Path, engine: Engine, extra: dict[str, Any], step: int, keep: int) -> Path:
+def save(folder: Path, engine: Stored, extra: dict[str, Any], step: int, keep: int) -> Path:
     """Writes `<folder>/step-<step>` and then removes the oldest beyond `keep` (0: none). Every rank calls it.
 
     The folder appears under its name only when it is complete and on the disk. A complete checkpoint of the same step
@@ -118,7 +136,7 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load(path: Path, engine: Engine) -> dict[str, Any]:
+def load(path: Path, engine: Stored) -> dict[str, Any]:
     """Puts the checkpoint `path` (or the latest one in the folder `path`) into the engine; `extra`. Every rank calls
     it.
 
@@ -201,7 +219,7 @@ class CheckpointReader:
         """Number of elements of every tensor that has this kind."""
         return {name: pieces[-1].end for (name, found), pieces in self._pieces.items() if found == kind}
 
-    def check(self, engine: Engine) -> None:
+    def check(self, engine: Stored) -> None:
         """Raises UserError unless everything that this rank will ask for is there, and belongs to a model of one size."""
         for name, offset, numel in engine.fragment_sizes():
             for kind in engine.kinds:
@@ -257,7 +275,7 @@ class CheckpointReader:
         return UserError(f"{file} is damaged ({why}): remove {self.path} to go on from an earlier one")
 
 
-def _write_fragments(path: Path, engine: Engine) -> None:
+def _write_fragments(path: Path, engine: Stored) -> None:
     """This rank's safetensors file, one fragment in memory at a time, on the disk when it returns."""
     fragments = engine.fragment_sizes()
     entries = [(_key(name, offset, kind), "F32", [numel]) for name, offset, numel in fragments for kind in engine.kinds]
@@ -316,7 +334,7 @@ def _attempt(action: Any, *arguments: Any) -> str:
     return ""
 
 
-def _agree(engine: Engine, reason: str, work: Path, final: Path) -> None:
+def _agree(engine: Stored, reason: str, work: Path, final: Path) -> None:
     """Raises the same UserError on every rank when one has a reason, after removing the unfinished folder."""
     if engine.any(bool(reason)):
         if engine.rank == 0:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dopsd_fast.conditioning.context import Context
+from dopsd_fast.conditioning.context import Context, TensorShapes
 from dopsd_fast.conditioning.encoders import Encoders
 from dopsd_fast.conditioning.text import encode_prompt
 from dopsd_fast.families.base import WIDE, Family, model_dtype
@@ -35,7 +35,6 @@ class Flux2Klein(Family):
 
     name = "flux2_klein"
     pipeline_class = "Flux2KleinPipeline"
-    other_pipelines = (KV_PIPELINE,)
     transformer_class = "Flux2Transformer2DModel"
     vae_class = "AutoencoderKLFlux2"
     contexts = ("edit",)
@@ -96,6 +95,12 @@ class Flux2Klein(Family):
             return float(config.get("shift", 1.0))
         mu = compute_empirical_mu(latent_shape[-2] * latent_shape[-1], steps)
         return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+
+    def largest_contexts(self, latent: tuple[int, int, int]) -> tuple[TensorShapes, TensorShapes]:
+        config: dict[str, Any] = dict(self.meta_transformer().config)
+        text = {"text": (self.conditioning.max_text_tokens, config["joint_attention_dim"])}
+        tokens = min(latent[1] * latent[2], REFERENCE_PIXELS // self.pixel_multiple**2)
+        return text, text | {"reference": (tokens, config["in_channels"]), "reference_ids": (tokens, 4)}
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, contexts: Sequence[Context]) -> Tensor:
         """v = -transformer([noise tokens, reference tokens], 1 - t, text) at the noise tokens.

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dopsd_fast.conditioning.context import Context
+from dopsd_fast.conditioning.context import Context, TensorShapes
 from dopsd_fast.conditioning.encoders import Encoders
 from dopsd_fast.conditioning.text import encode_prompt
 from dopsd_fast.conditioning.vlm import check_vlm_folder
@@ -77,6 +77,13 @@ class ZImage(Family):
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         mu = calculate_shift(tokens, *(config.get(n, d) for n, d in zip(names, (256, 4096, 0.5, 1.15), strict=True)))
         return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+
+    def largest_contexts(self, latent: tuple[int, int, int]) -> tuple[TensorShapes, TensorShapes]:
+        config: dict[str, Any] = dict(self.meta_transformer().config)
+        c = self.conditioning
+        limit = (config["axes_lens"][0] - 2) // PAD_MULTIPLE * PAD_MULTIPLE  # more are refused
+        student, teacher = (min(most, limit) for most in (c.max_text_tokens, c.max_vlm_tokens))
+        return {"text": (student, config["cap_feat_dim"])}, {"text": (teacher, config["cap_feat_dim"])}
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, contexts: Sequence[Context]) -> Tensor:
         """v = transformer(x, t, text). Raises `UserError` for a context longer than the rotary tables."""
