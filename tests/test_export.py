@@ -196,8 +196,8 @@ def finished(family, tensors, rank=0):
             raise UserError(problem)
 
     engine = SimpleNamespace(full_tensors=lambda branch: iter(tensors), stage=3)
-    return SimpleNamespace(engine=engine, pair=SimpleNamespace(lora_config=None), rank=rank, world=2, agree=agree,
-                           settings=SimpleNamespace(train=SimpleNamespace(masters="fp32")), family=family,
+    return SimpleNamespace(engine=engine, pair=SimpleNamespace(lora_config=None), rank=rank, world=2,
+                           consensus=SimpleNamespace(agree=agree), settings=SimpleNamespace(train=SimpleNamespace(masters="fp32")), family=family,
                            parameters=100, dtype=torch.bfloat16, device=torch.device("cpu"))  # fmt: skip
 
 
