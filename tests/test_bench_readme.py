@@ -1,6 +1,5 @@
 """The tables of README.md and docs/results.md are those of the committed results."""
 
-import re
 from dataclasses import replace
 
 import pytest
@@ -40,14 +39,6 @@ def pages(tmp_path, monkeypatch):
 def test_the_committed_tables_are_those_of_the_committed_results():
     for file, text in readme.pages(readme.RESULTS).items():
         assert file.read_text(encoding="utf-8") == text, f"{file}: run python -m bench.readme"
-
-
-@pytest.mark.parametrize("file", [readme.README, readme.PAGE], ids=lambda file: file.name)
-def test_what_the_pages_link_to_is_there(file):
-    """Also the pictures: from docs/ the way to bench/results is another one."""
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", file.read_text(encoding="utf-8"))
-    local = [link for link in links if "://" not in link]
-    assert local and [link for link in local if not (file.parent / link).exists()] == []
 
 
 def test_the_table(tmp_path):
