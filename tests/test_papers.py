@@ -39,6 +39,15 @@ def test_links_lead_somewhere(paper):
     assert wrong == []
 
 
+@pytest.mark.parametrize("paper", [paper for paper in PAPERS if paper.name not in ("LOG.md", "CHANGELOG.md")],
+                         ids=lambda paper: paper.name)
+def test_files_that_are_named_are_there(paper):
+    """LOG.md and CHANGELOG.md may name what there was. NAME stands for one's own."""
+    text = paper.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:dopsd_fast|bench|kernels|tests|docs|examples|\.github)/[\w./-]+)", text)
+    assert named and [name for name in named if "NAME" not in name and not (ROOT / name).exists()] == []
+
+
 def test_every_fact_has_the_date_of_an_entry():
     text = (ROOT / "docs" / "facts.md").read_text(encoding="utf-8")
     facts = re.findall(r"^\* .*$", text, re.MULTILINE)
