@@ -22,12 +22,17 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from dopsd_fast import checkpoints
-from dopsd_fast.checkpoints import CheckpointReader
 from dopsd_fast.errors import UserError, require_platform
-from dopsd_fast.export import DTYPES, Shard, arrange, atomic_folder, source_shards, write_full
-from dopsd_fast.families import Family, open_family
-from dopsd_fast.settings import Settings, load_settings
+from dopsd_fast.families.base import Family
+from dopsd_fast.families.registry import open_family
+from dopsd_fast.settings.load import load_settings
+from dopsd_fast.settings.schema import Settings
+from dopsd_fast.storage import checkpoints
+from dopsd_fast.storage.atomic import atomic_folder
+from dopsd_fast.storage.checkpoints import CheckpointReader
+from dopsd_fast.storage.lora import save_lora
+from dopsd_fast.storage.pipeline import arrange, source_shards, write_full
+from dopsd_fast.storage.safetensors_layout import DTYPES, Shard
 from dopsd_kernels.adamw_ema_triton import untie_
 
 KINDS = {"student": "master", "teacher": "ema"}
@@ -121,7 +126,7 @@ class _FullPlan(_Plan):
 
     def write(self, kind: str, folder: Path) -> None:
         buffer = torch.empty(max(torch.Size(shape).numel() for shape in self.shapes.values()))
-        write_full(self.family, self.tensors(kind, buffer), folder, self.shards)
+        write_full(self.family.path, self.tensors(kind, buffer), folder, self.shards)
 
 
 @dataclass
@@ -131,11 +136,11 @@ class _LoraPlan(_Plan):
     dtype: torch.dtype
 
     def write(self, kind: str, folder: Path) -> None:
-        self.family.save_lora(folder, dict(self.tensors(kind)), self.config, self.dtype)
+        save_lora(self.family.pipeline_class, dict(self.tensors(kind)), self.config, folder, self.dtype)
 
 
 def _full(family: Family, settings: Settings, reader: CheckpointReader, arguments: argparse.Namespace) -> _Plan:
-    stored = source_shards(family)
+    stored = source_shards(family.path)
     shards = None
     if arguments.dtype != "source" or arguments.max_shard_size:
         shards = arrange(stored, STORED[arguments.dtype], arguments.max_shard_size)
@@ -145,7 +150,8 @@ def _full(family: Family, settings: Settings, reader: CheckpointReader, argument
 
 def _lora(family: Family, settings: Settings, reader: CheckpointReader, arguments: argparse.Namespace) -> _Plan:
     """Names and shapes from the transformer on the meta device: nothing of the model is read."""
-    from dopsd_fast.teacher import STUDENT, add_adapters
+    from dopsd_fast.pair.lora import add_adapters
+    from dopsd_fast.pair.student_teacher import STUDENT
 
     model, adapter = family.meta_transformer().requires_grad_(False), settings.adapter
     targets = adapter.targets or family.lora_targets

@@ -73,9 +73,9 @@ def before(owner: Any, name: str, call: Callable[[], None]) -> None:
 def prepare(at: str, strike: Strike) -> None:
     if at == "start":
         die()
-    from dopsd_fast import checkpoints
-    from dopsd_fast.sharding import Engine
-    from dopsd_fast.trainer import Trainer
+    from dopsd_fast.distributed.zero_engine import ZeroEngine
+    from dopsd_fast.run.trainer import Trainer
+    from dopsd_fast.storage import checkpoints
 
     if at == "forward":  # from the micro-batch's inputs to its first backward
         begun = [False]
@@ -90,11 +90,11 @@ def prepare(at: str, strike: Strike) -> None:
                 strike.end()
 
         before(Trainer, "inputs", begin)
-        before(Engine, "backward", end)
+        before(ZeroEngine, "backward", end)
     elif at == "save":
         strike.around(checkpoints, "save")
     else:
-        strike.around(Engine, at)
+        strike.around(ZeroEngine, at)
 
 
 if __name__ == "__main__":

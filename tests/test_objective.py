@@ -12,8 +12,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dopsd_fast.objective import DOPSD, PSO, SFT, NonFiniteLoss, StepInputs, TwoCalls, Velocity, make_objective
-from dopsd_fast.trajectory import draw_times, grid_shift, off_policy_state, shift_sigma, shifted_grid, weights
+from dopsd_fast.method.baselines import PSO, SFT
+from dopsd_fast.method.dopsd import DOPSD
+from dopsd_fast.method.objective import NonFiniteLoss, StepInputs
+from dopsd_fast.method.registry import make_objective
+from dopsd_fast.method.trajectory import draw_times, grid_shift, off_policy_state, shift_sigma, shifted_grid, state_weights
+from dopsd_fast.pair.passes import BranchVelocity, TwoCalls
 
 GRID = [0.0, 0.1, 0.25, 0.5, 1.0]
 SHAPE = (3, 2, 5, 3)
@@ -34,7 +38,7 @@ class Field(nn.Module):
         return torch.sin(hidden * self.b)
 
 
-def make_inputs(student: Velocity, teacher: Velocity | None, dtype=torch.float64, **changes) -> StepInputs:
+def make_inputs(student: BranchVelocity, teacher: BranchVelocity | None, dtype=torch.float64, **changes) -> StepInputs:
     generator = torch.Generator().manual_seed(7)
 
     def draw(*shape):
@@ -107,11 +111,11 @@ def test_grid_shift_inverts(count, shift):
 
 
 def test_weights():
-    assert weights("v", GRID) == [1.0, 1.0, 1.0, 1.0]
-    assert weights("x1", GRID) == pytest.approx([1.0, 0.81, 0.5625, 0.25])
-    assert weights("mu", GRID) == pytest.approx([0.01, 0.0225, 0.0625, 0.25])
+    assert state_weights("v", GRID) == [1.0, 1.0, 1.0, 1.0]
+    assert state_weights("x1", GRID) == pytest.approx([1.0, 0.81, 0.5625, 0.25])
+    assert state_weights("mu", GRID) == pytest.approx([0.01, 0.0225, 0.0625, 0.25])
     with pytest.raises(ValueError, match="method.weight"):
-        weights("x0", GRID)
+        state_weights("x0", GRID)
 
 
 @pytest.mark.parametrize("backward", ["per_state", "k_graphs"])
@@ -402,10 +406,7 @@ def test_training_times_belong_to_the_item():
 
 
 def test_make_objective_reads_the_method():
-    def settings(**method):
-        return SimpleNamespace(method=SimpleNamespace(**method))
-
-    off = make_objective(settings(name="dopsd", weight="mu", states="off_policy", backward="k_graphs"))
+    off = make_objective(SimpleNamespace(name="dopsd", weight="mu", states="off_policy", backward="k_graphs"))
     assert (off.weight, off.on_policy, off.per_state, off.needs_latents, off.needs_teacher) == (
         "mu",
         False,
@@ -413,14 +414,14 @@ def test_make_objective_reads_the_method():
         True,
         True,
     )
-    on = make_objective(settings(name="dopsd", weight="v", states="on_policy", backward="per_state"))
+    on = make_objective(SimpleNamespace(name="dopsd", weight="v", states="on_policy", backward="per_state"))
     assert not on.needs_latents and not on.needs_times
-    sft = make_objective(settings(name="sft", targets="data"))
+    sft = make_objective(SimpleNamespace(name="sft", targets="data"))
     assert sft.needs_latents and sft.needs_times and not sft.needs_teacher and not sft.draws
-    shown = make_objective(settings(name="sft", targets="teacher"))
+    shown = make_objective(SimpleNamespace(name="sft", targets="teacher"))
     assert not shown.needs_latents and shown.needs_teacher and shown.draws and shown.teacher_sees == "image"
-    pso = make_objective(settings(name="pso", beta=7.0, pairs="offline"))
+    pso = make_objective(SimpleNamespace(name="pso", beta=7.0, pairs="offline"))
     assert (pso.beta, pso.drawn_by, pso.teacher_sees) == (7.0, "teacher", "text") and pso.needs_latents and pso.draws
     assert [one.states(4) for one in (on, sft, shown, pso)] == [4, 1, 5, 6]
     with pytest.raises(ValueError, match="method.name"):
-        make_objective(settings(name="dpo"))
+        make_objective(SimpleNamespace(name="dpo"))

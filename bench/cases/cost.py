@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,6 +35,9 @@ from bench.cases.meta_trace import Trace
 from bench.peers.reference_eager import ZIMAGE_TARGETS, Adapter, Condition, ReferenceStep, StepResult
 from bench.results import Options, Row, failed
 from bench.show import step as showing
+from dopsd_fast.distributed.plain_engine import PlainEngine
+from dopsd_fast.distributed.process_group import Ranks
+from dopsd_fast.settings.schema import ConditioningSettings, TeacherSettings, TrainSettings
 from dopsd_kernels.costs import Cost
 
 GRID = [0.0, 0.1, 0.25, 0.5, 1.0]  # K = 4, shift 3
@@ -206,9 +208,11 @@ def _traced(step: ReferenceStep, call: Callable[..., Any]) -> Trace:
 
 
 def pair(kind: str, size: Size) -> Any:
-    """As `dopsd_fast.teacher.build_pair` makes it."""
-    from dopsd_fast.families.zimage_pair import ZImagePair
-    from dopsd_fast.teacher import STUDENT, TEACHER, Pair, add_adapters
+    """As `dopsd_fast.families.build.build_pair` makes it."""
+    from dopsd_fast.families.published import published_family
+    from dopsd_fast.families.zimage.pair import ZImagePair
+    from dopsd_fast.pair.lora import add_adapters
+    from dopsd_fast.pair.student_teacher import STUDENT, TEACHER, Pair
 
     student = transformer(size).requires_grad_(False)
     config = teacher = None
@@ -220,36 +224,22 @@ def pair(kind: str, size: Size) -> Any:
     else:
         teacher = copy.deepcopy(student)
         student.requires_grad_(True)
-    made = Pair(student, teacher, config, ZImagePair({STUDENT: student, TEACHER: teacher or student}, names))
+    velocity = published_family("zimage", ConditioningSettings()).velocity
+    made = Pair(student, teacher, velocity, config, ZImagePair({STUDENT: student, TEACHER: teacher or student}, names))
     for parameter in made.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     return made
 
 
-def engine(made: Any) -> Any:
-    """The engine around `made` without DeepSpeed and its process group, as for one process and ZeRO stage 0."""
-    from dopsd_fast.sharding import Engine
-    from dopsd_kernels.adamw_ema import AdamWEMA
-
-    found = Engine.__new__(Engine)
-    found.pair, found.rank, found.world, found.device = made, 0, 1, torch.device("meta")
-    found.stage, found._zero, found._clip, found.keeps_ema = 0, None, 1.0, True
-    found.gather = found.fetcher = found.offload = None
-    found._trained = made.trained()
-    parameters = [trained.student for trained in found._trained]
-    for parameter in parameters:
-        parameter.grad_dtype = torch.float32
-    found.optimizer = AdamWEMA(parameters, ema_decay=0.9999)
-    found._engine = SimpleNamespace(step=found.optimizer.step)
-    found._fragments = list(found._find_fragments())
-    for trained in found._trained:
-        found.optimizer.set_teacher(trained.student, trained.teacher)
-        found.optimizer.init_state(trained.student, True)
-    return found
+def engine(made: Any) -> PlainEngine:
+    """The engine around `made`, as for one process."""
+    train, teacher = TrainSettings(precision="bf16"), TeacherSettings(ema_decay=0.9999)
+    return PlainEngine(made, train, teacher, Ranks(0, 1, 0, torch.device("meta")))
 
 
 def trace_ours(kind: str, size: Size) -> Trace:
-    from dopsd_fast.objective import DOPSD, StepInputs
+    from dopsd_fast.method.dopsd import DOPSD
+    from dopsd_fast.method.objective import StepInputs
 
     made, trace = pair(kind, size), Trace()
     running = engine(made)
@@ -260,7 +250,7 @@ def trace_ours(kind: str, size: Size) -> Trace:
     noise = torch.empty(LATENT, device="meta")
     contexts = [{"text": text(TEXT)}], [{"text": text(TEACHER_TEXT)}]
     with trace:
-        forward = made.open(None, *contexts, noise.shape)
+        forward = made.open(*contexts, noise.shape)
         DOPSD("x1").accumulate(StepInputs(noise, size.grid, forward), lambda loss: loss.backward())
         running.step(1e-4)
     return trace

@@ -8,10 +8,8 @@ bits), a peer's 14.
 
 from __future__ import annotations
 
-import importlib.util
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle, islice
@@ -23,15 +21,18 @@ from torch import Tensor
 from bench.models import Model
 from bench.peers.reference_eager import STRONGER, Adapter, Condition, ReferenceEncoders, ReferenceStep
 from bench.results import Options
+from dopsd_fast.conditioning.context import Context
+from dopsd_fast.data.images import load_image
+from dopsd_fast.data.records import read_records
+from dopsd_fast.distributed.plain_engine import PlainEngine
+from dopsd_fast.distributed.process_group import Ranks
 from dopsd_fast.errors import UserError
-from dopsd_fast.families import Context, Family
-from dopsd_fast.images import load_image
-from dopsd_fast.objective import StepInputs, make_objective
-from dopsd_fast.records import read_records
-from dopsd_fast.settings import DataSettings, Settings
-from dopsd_fast.sharding import Engine
-from dopsd_fast.teacher import Pair, build_pair
-from dopsd_kernels.adamw_ema import AdamWEMA
+from dopsd_fast.families.base import Family
+from dopsd_fast.families.build import build_pair
+from dopsd_fast.method.objective import StepInputs
+from dopsd_fast.method.registry import make_objective
+from dopsd_fast.pair.student_teacher import Pair
+from dopsd_fast.settings.schema import DataSettings, Settings
 from dopsd_kernels.triton_compat import HAS_TRITON
 
 LEARNING_RATE, GRAD_CLIP, EMA_DECAY = 1e-5, 1.0, 0.9999
@@ -186,19 +187,20 @@ class OurStep:
             "adapter": {"kind": kind, **adapter},
             "deepspeed": {"stage": 0},
         })  # fmt: skip
-        self.work, self.objective = work, make_objective(settings)
+        self.work, self.objective = work, make_objective(settings.method)
         self.pair = pair_on_device(work.model, settings)
         if kind == "lora":
             for trained in self.pair.trained():
                 for side in (trained.student, trained.teacher):
                     fill(trained.name, side, work.model.dtype)
-        self.engine = make_engine(self.pair, settings)
+        alone = Ranks(0, 1, 0, next(self.pair.parameters()).device)
+        self.engine = PlainEngine(self.pair, settings.train, settings.teacher, alone)
 
     def backward(self) -> None:
         work = self.work
         with self.engine.accumulating():
             student, teacher = work.contexts(work.student), work.contexts(work.teacher)
-            forward = self.pair.open(work.family, student, teacher, work.noise.shape)
+            forward = self.pair.open(student, teacher, work.noise.shape)
             inputs = StepInputs(noise=work.noise, grid=work.grid, forward=forward)
             self.report = self.objective.accumulate(inputs, self.engine.backward)
 
@@ -230,69 +232,10 @@ class OurStep:
             found.append("no Triton")
         if facts["attention"] == "math":
             found.append("attention by plain mathematics")
-        if isinstance(self.engine, PlainEngine):
-            found.append("DeepSpeed is not installed: its part at stage 0 is done here")
         return "; ".join(found)
 
     def close(self) -> None:
         self.engine.close()
-
-
-def make_engine(pair: Pair, settings: Settings) -> Engine:
-    installed = importlib.util.find_spec("deepspeed") is not None
-    return (Engine if installed else PlainEngine)(pair, settings)
-
-
-class PlainEngine(Engine):
-    """What `Engine` does at ZeRO stage 0 in one process, for a machine without DeepSpeed."""
-
-    def __init__(self, pair: Pair, settings: Settings) -> None:
-        self.pair, self.rank, self.world = pair, 0, 1
-        self._clip, self._trained = float(settings.train.grad_clip), pair.trained()
-        self.fetcher, self.keeps_ema = None, True
-        train = settings.train
-        parameters = [trained.student for trained in self._trained]
-        for parameter in parameters:
-            parameter.grad_dtype = torch.float32
-        self.optimizer = AdamWEMA(
-            parameters, lr=train.learning_rate, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay,
-            ema_decay=settings.teacher.ema_decay, masters=train.masters,
-            teachers={trained.student: trained.teacher for trained in self._trained},
-        )  # fmt: skip
-        for parameter in parameters:
-            self.optimizer.init_state(parameter, True)
-
-    @contextmanager
-    def accumulating(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self._drop_gradients()
-            raise
-        for trained in self._trained:
-            if trained.student.grad is None:
-                trained.student.grad = torch.zeros_like(trained.student, dtype=torch.float32)
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def step(self, lr: float) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        norm = self._clip_gradients()
-        if norm == norm and norm != float("inf"):
-            self.optimizer.step()
-        self._drop_gradients()
-        return norm
-
-    def any(self, flag: bool) -> bool:
-        return flag
-
-    def mean(self, values: list[float]) -> list[float]:
-        return values
-
-    def close(self) -> None:
-        pass
 
 
 # ---- the peers -------------------------------------------------------------------------------------------------------

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,15 +12,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..conditioning.fingerprint import digest, hash_folder
-from ..conditioning.text import load_pretrained, load_text_encoder, load_tokenizer
-from ..errors import UserError
-from ..settings import embedded
-from ..trajectory import shifted_grid
+from dopsd_fast.conditioning.context import Context, TensorShapes
+from dopsd_fast.conditioning.encoders import Encoders
+from dopsd_fast.conditioning.fingerprint import hash_folder
+from dopsd_fast.conditioning.text import load_pretrained
+from dopsd_fast.errors import UserError
+from dopsd_fast.families.pipeline_folder import PARTS, diffusers_class, read_json
+from dopsd_fast.method.trajectory import shifted_grid
+from dopsd_fast.pair.contract import PairForward
+from dopsd_fast.settings.schema import ConditioningSettings, embedded
+from dopsd_fast.storage.digests import digest
 
-Context = dict[str, Tensor]
-
-PARTS = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
 OTHER_SCHEDULES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "shift_terminal")
 
 WIDE = 2048
@@ -34,8 +34,6 @@ class Family(ABC):
 
     name: ClassVar[str]
     pipeline_class: ClassVar[str]
-    other_pipelines: ClassVar[tuple[str, ...]] = ()
-    """Classes of pipelines for variants of the model that `model.allow` can let in."""
     transformer_class: ClassVar[str]
     vae_class: ClassVar[str]
     contexts: ClassVar[tuple[str, ...]]
@@ -48,14 +46,14 @@ class Family(ABC):
     hidden_layers: ClassVar[tuple[int, ...]]
     """Which hidden states of the text encoder make a text context."""
 
-    def __init__(self, path: Path, conditioning: Any):
+    def __init__(self, path: Path, conditioning: ConditioningSettings):
         self.path = path
         self.conditioning = conditioning
         self.index = read_json(path / "model_index.json")
         for part in PARTS:
             if not (path / part).is_dir():
                 raise UserError(f"{path}: part {part}/ is missing, a {self.pipeline_class} folder has {', '.join(PARTS)}")
-        wanted = getattr(conditioning, "context", "auto")
+        wanted = conditioning.context
         if wanted not in ("auto", *self.contexts):
             raise UserError(f"conditioning.context={wanted}: {self.name} has {', '.join(self.contexts)}")
         self.context = self.contexts[0] if wanted == "auto" else wanted
@@ -119,6 +117,10 @@ class Family(ABC):
         """The pipeline's grid when called with sigmas 1, 1 - 1/steps, .., 1/steps; 0 steps: the usual count."""
         return self.train_grid(steps or self.deployment_steps, 0.0, latent_shape)
 
+    @abstractmethod
+    def largest_contexts(self, latent: tuple[int, int, int]) -> tuple[TensorShapes, TensorShapes]:
+        """Shapes of the longest student and teacher context that the settings allow, beside a latent (C, h, w)."""
+
     # ---- transformer -----------------------------------------------------------------------------------------------
 
     lora_kinds: ClassVar[dict[str, str]]
@@ -132,13 +134,13 @@ class Family(ABC):
     def load_transformer(self, dtype: torch.dtype) -> nn.Module:
         """The transformer in `dtype`, eval mode, on CPU, from (sharded) safetensors; never a second copy in memory."""
         return load_pretrained(
-            _diffusers(self.transformer_class), self.path / "transformer", torch_dtype=dtype, low_cpu_mem_usage=True
+            diffusers_class(self.transformer_class), self.path / "transformer", torch_dtype=dtype, low_cpu_mem_usage=True
         ).requires_grad_(True)
 
-    def meta_transformer(self) -> nn.Module:
+    def meta_transformer(self) -> Any:
         """The same model on the meta device, from its config alone."""
         with torch.device("meta"):
-            return _diffusers(self.transformer_class).from_config(self.transformer_config).eval()
+            return diffusers_class(self.transformer_class).from_config(self.transformer_config).eval()
 
     @abstractmethod
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, contexts: Sequence[Context]) -> Tensor:
@@ -149,9 +151,9 @@ class Family(ABC):
 
     def pair_forward(
         self, modules: dict[str, Any], adapters: dict[str, str], activations: str, attention: str, fp8: str
-    ) -> Any:
-        """A module that computes the velocities of several branches at once (see `ZImagePair`, which says what it offers), or
-        None where the family has none: then the branches run one after the other through `velocity`.
+    ) -> PairForward | None:
+        """What computes the velocities of several branches at once (see `pair.contract`), or None
+        where the family has none: then the branches run one after the other through `velocity`.
 
         modules: a transformer for each branch, the same one where only adapters differ; adapters: the name of each branch's
         adapter; activations, attention, fp8: the settings of these names under `train`."""
@@ -160,7 +162,7 @@ class Family(ABC):
     # ---- latents and pixels ----------------------------------------------------------------------------------------
 
     def load_vae(self, dtype: torch.dtype = torch.float32) -> Any:
-        return load_pretrained(_diffusers(self.vae_class), self.path / "vae", torch_dtype=dtype)
+        return load_pretrained(diffusers_class(self.vae_class), self.path / "vae", torch_dtype=dtype)
 
     @torch.no_grad()
     def decode(self, vae: Any, latents: Tensor) -> list[Image.Image]:
@@ -235,148 +237,6 @@ class Family(ABC):
             self._hashes[folder] = hash_folder(folder)
         return self._hashes[folder]
 
-    # ---- export ----------------------------------------------------------------------------------------------------
-
-    def save_lora(self, folder: Path, state: dict[str, Tensor], peft_config, dtype: torch.dtype | None = None) -> None:
-        """Writes one adapter for every loader into `folder`.
-
-        `adapter_model.safetensors` + `adapter_config.json` (PEFT), and `pytorch_lora_weights.safetensors` with its
-        `transformer_lora_adapter_metadata` (diffusers). The scale alpha / rank lies inside B and alpha is written as rank, so
-        that W + B A is the trained weight for a reader that knows no metadata, too: alpha in metadata alone is lost outside
-        diffusers, and a file with `.alpha` keys is refused by diffusers for FLUX.2. `state`: LoRA tensors as trained, named
-        as PEFT or the module tree names them, with or without the adapter's name. dtype: to store them in, theirs if None.
-        """
-        import copy
-
-        from safetensors.torch import save_file
-
-        plain = {
-            plain_lora_name(name): scaled_lora(name, tensor.detach().cpu(), peft_config).to(dtype or tensor.dtype).contiguous()
-            for name, tensor in state.items()
-        }
-        if len(plain) != len(state):
-            raise ValueError("state holds more than one adapter")
-        config = copy.copy(peft_config)
-        config.inference_mode = True
-        config.lora_alpha = config.r
-        config.target_modules = sorted(config.target_modules)
-        folder.mkdir(parents=True, exist_ok=True)
-        config.save_pretrained(str(folder))
-        save_file(
-            {f"base_model.model.{name}": tensor for name, tensor in plain.items()},
-            folder / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
-        _diffusers(self.pipeline_class).save_lora_weights(
-            folder, transformer_lora_layers=plain, transformer_lora_adapter_metadata=config.to_dict()
-        )
-        _sort_metadata(folder / "pytorch_lora_weights.safetensors")
-
-
-class Encoders:
-    """Tokenizer, text encoder, VAE and what the family's teacher adds, each loaded at its first use.
-
-    Every sample is encoded on its own, so a result depends on nothing but its own prompt and images.
-    """
-
-    def __init__(self, family: Family, device: torch.device, dtype: torch.dtype):
-        self.family, self.device, self.dtype = family, device, dtype
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        return {kind: self.family.fingerprint(kind, self.dtype) for kind in ("student", "teacher", "latents")}
-
-    @cached_property
-    def tokenizer(self):
-        return load_tokenizer(self.family.path / "tokenizer")
-
-    @cached_property
-    def text_encoder(self):
-        class_name = self.family.index["text_encoder"][1]
-        return load_text_encoder(self.family.path / "text_encoder", class_name, self.device, self.dtype)
-
-    @cached_property
-    def vae(self):
-        return self.family.load_vae().to(self.device)
-
-    @cached_property
-    def vlm(self):
-        from ..conditioning.vlm import VisionLanguageEncoder
-
-        c = self.family.conditioning
-        folder = self.family.vlm_folder
-        return VisionLanguageEncoder(folder, self.text_encoder, c.min_pixels, c.max_pixels, c.max_vlm_tokens)
-
-    def student(self, prompts: list[str]) -> list[Context]:
-        return [_stored(self.family.student_context(self, prompt)) for prompt in prompts]
-
-    def teacher(self, prompts: list[str], images: list[list[Image.Image]]) -> list[Context]:
-        pairs = zip(prompts, images, strict=True)
-        return [_stored(self.family.teacher_context(self, prompt, pictures)) for prompt, pictures in pairs]
-
-    def latents(self, images: list[Image.Image]) -> list[Tensor]:
-        """x_1 of each image: `[C, h, w]` float32 on CPU."""
-        return [self.family.encode_image(self.vae, image).float().cpu().contiguous() for image in images]
-
-    def release(self) -> None:
-        """Frees the models; a later call loads them again."""
-        for part in ("tokenizer", "text_encoder", "vae", "vlm"):
-            self.__dict__.pop(part, None)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _stored(context: Context) -> Context:
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in context.items()}
-
-
-def _sort_metadata(file: Path) -> None:
-    """Orders the metadata of a safetensors file, which its writer stores in the order of a hash table: equal weights are
-    equal files. Layout: https://github.com/huggingface/safetensors#format"""
-    with file.open("r+b") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(text) > length:
-            raise ValueError(f"{file}: the header grew from {length} to {len(text)} bytes")
-        stream.seek(8)
-        stream.write(text.ljust(length))
-
-
-def scaled_lora(name: str, tensor: Tensor, peft_config: Any) -> Tensor:
-    """A LoRA tensor as it is exported: A as it is, B times alpha / rank, fp32."""
-    return tensor.float() * (peft_config.lora_alpha / peft_config.r) if ".lora_B." in name else tensor
-
-
-def plain_lora_name(name: str) -> str:
-    """`base_model.model.a.b.lora_A.student.weight` -> `a.b.lora_A.weight`."""
-    name = name.removeprefix("base_model.model.").removeprefix("transformer.")
-    head, middle, tail = name.partition(".lora_")
-    matrix, *rest = tail.split(".")
-    if not middle or not rest or matrix not in ("A", "B"):
-        raise ValueError(f"{name} is not the name of a LoRA matrix")
-    return f"{head}.lora_{matrix}.{rest[-1]}"
-
 
 def model_dtype(transformer: nn.Module) -> torch.dtype:
     return next(p.dtype for p in transformer.parameters() if p.is_floating_point())
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{file} is missing: model.path must be a pipeline folder in diffusers layout") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file} is not a JSON object")
-    return value
-
-
-def _diffusers(name: str):
-    import diffusers
-
-    return getattr(diffusers, name)

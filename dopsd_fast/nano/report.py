@@ -17,16 +17,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dopsd_fast.data.contact_sheet import compose
+from dopsd_fast.data.records import read_records
 from dopsd_fast.errors import UserError
-from dopsd_fast.families import open_family
+from dopsd_fast.families.registry import open_family
+from dopsd_fast.method.trajectory import rollout
 from dopsd_fast.nano import world
 from dopsd_fast.nano.build import load_judge
 from dopsd_fast.nano.check import figures
 from dopsd_fast.nano.measure import to_pictures
-from dopsd_fast.records import read_records
-from dopsd_fast.sampling import rollout
-from dopsd_fast.settings import Settings, load_settings
-from dopsd_fast.telemetry import compose
+from dopsd_fast.settings.load import load_settings
+from dopsd_fast.settings.schema import Settings
 
 SEED = 20_000
 """Of the captions and of the noise."""

@@ -1,0 +1,1 @@
+"""From files to the batches of an epoch: records, pictures, sizes, order, noise."""

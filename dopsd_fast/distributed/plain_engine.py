@@ -1,0 +1,119 @@
+"""Stage 0: every rank holds everything. Plain data parallelism on torch.distributed, without DeepSpeed's engine around it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dopsd_fast.distributed.engine import Engine
+from dopsd_fast.distributed.fragments import Fragment
+from dopsd_fast.distributed.process_group import Ranks
+from dopsd_fast.pair.student_teacher import Pair
+from dopsd_fast.settings.schema import TeacherSettings, TrainSettings
+
+BUCKET = 500_000_000
+"""Elements that are reduced in one collective: 2 GB of fp32 gradients."""
+
+
+class PlainEngine(Engine):
+    """`Engine` for one rank, or for several that each hold the whole model, optimizer and average.
+
+    The numbers are those of DeepSpeed's stage 0: gradients are summed over the ranks in fp32, bucket by bucket, and divided by
+    their number afterwards."""
+
+    stage = 0
+
+    def __init__(self, pair: Pair, train: TrainSettings, teacher: TeacherSettings, ranks: Ranks) -> None:
+        super().__init__(pair, train, teacher, ranks)
+        if self.world > 1:
+            for tensor in [*pair.parameters(), *pair.buffers()]:
+                torch.distributed.broadcast(tensor.data, src=0)
+        self._fragments = [Fragment(t, 0, t.student.numel(), t.student, 0) for t in self._trained]
+        if self.keeps_ema:
+            for trained in self._trained:
+                self.optimizer.set_teacher(trained.student, trained.teacher)
+        for trained in self._trained:
+            self.optimizer.init_state(trained.student, self.keeps_ema)
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._drop_gradients()
+            raise
+        for trained in self._trained:
+            if trained.student.grad is None:
+                trained.student.grad = torch.zeros_like(trained.student, dtype=torch.float32)
+        if self.world > 1:
+            self._reduce([trained.student.grad for trained in self._trained])
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, lr: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = self._clip_gradients()
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self._drop_gradients()
+        return norm
+
+    def _reduce(self, gradients: Sequence[Tensor]) -> None:
+        bucket: list[Tensor] = []
+        for i, gradient in enumerate(gradients):
+            bucket.append(gradient)
+            if i + 1 == len(gradients) or sum(g.numel() for g in bucket) > BUCKET:
+                flat = torch.cat([g.reshape(-1) for g in bucket])
+                torch.distributed.all_reduce(flat)
+                flat.mul_(1.0 / self.world)
+                for g, part in zip(bucket, flat.split([g.numel() for g in bucket])):
+                    g.copy_(part.view(g.shape))
+                bucket = []
+
+    def _clip_gradients(self) -> float:
+        """The norm; the optimizer multiplies each gradient by clip / (norm + 1e-6) where that is less than 1, as DeepSpeed's
+        ZeRO optimizers do."""
+        grads = side_by_side([trained.student.grad for trained in self._trained])
+        norm = torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).norm()
+        if self._clip > 0:
+            self.optimizer.grad_scale = float(1.0 / ((norm + 1e-6) / self._clip).clamp(min=1.0))
+        return float(norm)
+
+    def _drop_gradients(self) -> None:
+        for trained in self._trained:
+            trained.student.grad = None
+
+    def stored_fragments(self) -> list[Fragment]:
+        return self._fragments if self.rank == 0 else []
+
+    def _refresh(self) -> None:
+        """The optimizer has written both."""
+
+    def close(self) -> None:
+        """Nothing hangs on the pair."""
+
+
+def side_by_side(tensors: list[Tensor]) -> list[Tensor]:
+    """The same elements in fewer tensors: those that lie side by side in one storage become one flat tensor. Their order
+    depends on the given order and on offsets only, never on addresses: a norm over them has the same bits in every run."""
+    merged: list[Tensor] = []
+    end: Any = None
+    first: dict[int, int] = {}
+    for i, tensor in enumerate(tensors):
+        first.setdefault(tensor.untyped_storage()._cdata, i)
+    for tensor in sorted(tensors, key=lambda t: (first[t.untyped_storage()._cdata], t.storage_offset())):
+        storage, offset = tensor.untyped_storage()._cdata, tensor.storage_offset()
+        if end == (storage, offset) and tensor.is_contiguous() and tensor.dtype == merged[-1].dtype:
+            last = merged[-1]
+            merged[-1] = last.as_strided((last.numel() + tensor.numel(),), (1,), last.storage_offset())
+        else:
+            merged.append(tensor.view(-1) if tensor.is_contiguous() else tensor)
+        end = (storage, offset + tensor.numel()) if tensor.is_contiguous() else None
+    return merged

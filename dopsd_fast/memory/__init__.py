@@ -1,0 +1,1 @@
+"""Will it fit: bytes counted and traced before anything is loaded."""

@@ -1,0 +1,1 @@
+"""The objective on a trajectory: D-OPSD, and what the paper compares it with."""

@@ -1,0 +1,146 @@
+"""The student and its teacher as one module: two modules (full), or one with two low-rank adapters (LoRA)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dopsd_fast.conditioning.context import Context
+from dopsd_fast.method.objective import Forward
+from dopsd_fast.pair.contract import Branch, PairForward
+from dopsd_fast.pair.lora import adapter_layers
+from dopsd_fast.pair.passes import FusedForward, Turns, TwoCalls
+
+STUDENT, TEACHER = "student", "teacher"
+
+Sampler = Callable[[Tensor, Tensor], Tensor]
+"""(x `[B, C, h, w]`, t `[B]`) -> v, shaped as x."""
+
+Velocity = Callable[[nn.Module, Tensor, Tensor, Sequence[Context]], Tensor]
+"""(transformer, x `[B, C, h, w]`, t `[B]`, one context per item) -> v, shaped as x, as `families.base.Family.velocity`."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One trained tensor: its stock name (for an adapter without the adapter's name), and the teacher's counterpart or
+    None."""
+
+    name: str
+    student: Any  # nn.Parameter; Any because DeepSpeed hangs its own attributes on it
+    teacher: Any
+
+
+class Pair(nn.Module):
+    """`student`: the transformer that trains. `teacher`: a frozen module of the same class, or None.
+
+    teacher  kind=ema, frozen  kind=student
+    full     a second module   None: the student's live weights, without gradient
+    LoRA     None: adapter "teacher" inside `student`; kind=student: only adapter "student"
+
+    Both live in one module because ZeRO-3 partitions what is given to it, frozen weights too.
+    `velocity`: one transformer's forward in the family's convention. `lora_config`: PEFT's LoraConfig, None for full
+    fine-tuning. `fused`: the family's pair forward over both, or None: then each runs by itself, through `velocity`.
+    `gather`: how ZeRO-3 holds the weights (see `distributed.fetching`), None where it does not shard them. `sweep`: under
+    gather=sweep, goes through turns of units (`Fetcher.sweep`).
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        velocity: Velocity,
+        lora_config: Any = None,
+        fused: PairForward | None = None,
+    ) -> None:
+        super().__init__()
+        self.fused = fused
+        self.student = student
+        self.teacher = teacher
+        self.velocity = velocity
+        self.lora_config = lora_config
+        self.gather: str | None = None
+        self.sweep: Callable[[Turns], None] | None = None
+        self._adapted = adapter_layers(student) if lora_config is not None else []
+        self.has_teacher_adapter = any(TEACHER in layer.lora_A for layer in self._adapted)
+
+    def forward(self, x: Tensor, t: Tensor, *, call: Callable[[Tensor, Tensor], Any]) -> Any:
+        """`call(x, t)`. ZeRO-3 records one trace from each call of this module to the next."""
+        return call(x, t)
+
+    def open(self, student: Sequence[Context], teacher: Sequence[Context], shape: Sequence[int]) -> Forward:
+        """The velocities along one trajectory of latents `[B, C, h, w]` = `shape`, one context per item; without teacher
+        contexts the student's alone."""
+        if self.fused is None:
+            return TwoCalls(self.student_velocity, student, self.teacher_velocity if teacher else None, teacher)
+        branches = {STUDENT: student, TEACHER: teacher} if teacher else {STUDENT: student}
+        return self._open_fused(self.fused, branches, shape)
+
+    def _open_fused(self, fused: PairForward, branches: dict[Branch, Sequence[Context]], shape: Sequence[int]) -> FusedForward:
+        weight = next(self.student.parameters())
+        return FusedForward(fused, self, branches, shape, weight.dtype, weight.device, self.gather, self.sweep)
+
+    def sampler(self, branch: Branch, contexts: Sequence[Context], shape: Sequence[int]) -> Sampler:
+        """v of one branch, without gradient, for `method.trajectory.rollout`."""
+        if self.fused is None:
+            return lambda x, t: self._alone(branch, x, t, contexts)
+        with torch.no_grad():
+            forward = self._open_fused(self.fused, {branch: contexts}, shape)
+        return lambda x, t: forward(x, t)[0].to(x.dtype)
+
+    @torch.no_grad()
+    def _alone(self, branch: Branch, x: Tensor, t: Tensor, contexts: Sequence[Context]) -> Tensor:
+        with self.branch(branch) as transformer:
+            return self.velocity(transformer, x, t, contexts)
+
+    def student_velocity(self, x: Tensor, t: Tensor, contexts: Sequence[Context]) -> Tensor:
+        """v_s `[B, C, h, w]` at x `[B, C, h, w]`, t `[B]`, with gradient."""
+        return self(x, t, call=lambda x, t: self.velocity(self.student, x, t, contexts))
+
+    def teacher_velocity(self, x: Tensor, t: Tensor, contexts: Sequence[Context]) -> Tensor:
+        """v_t, shaped as x, without gradient. Not through `forward`: ZeRO-3's trace is the sequence that repeats, from one
+        call of the student to the next, and the teacher lies between them."""
+        return self._alone(TEACHER, x, t, contexts)
+
+    @contextmanager
+    def branch(self, name: str) -> Iterator[nn.Module]:
+        """The transformer to call for "student" or "teacher"; the student's adapter is active again afterwards, so a
+        later backward recomputes with it. PEFT's own set_adapter is not used because it turns requires_grad on and
+        off."""
+        if name == TEACHER and self.has_teacher_adapter:
+            self._activate(TEACHER)
+            try:
+                yield self.student
+            finally:
+                self._activate(STUDENT)
+        elif name == TEACHER and self.teacher is not None:
+            yield self.teacher
+        else:
+            yield self.student
+
+    def trained(self) -> list[Trained]:
+        """Every trained tensor, in the module's order."""
+        if self.lora_config is None:
+            teachers = dict(self.teacher.named_parameters()) if self.teacher is not None else {}
+            return [Trained(name, param, teachers.get(name)) for name, param in self.student.named_parameters()]
+        parameters = dict(self.student.named_parameters())
+        mine = f".{STUDENT}."
+        return [
+            Trained(name.replace(mine, "."), param, parameters.get(name.replace(mine, f".{TEACHER}.")))
+            for name, param in parameters.items()
+            if param.requires_grad
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        """What was chosen, for the run's files."""
+        if self.fused is None:
+            return {"backbone": "diffusers", "attention": "torch scaled_dot_product_attention (diffusers)"}
+        return {"backbone": "pair", **self.fused.describe()}
+
+    def _activate(self, adapter: str) -> None:
+        for layer in self._adapted:
+            layer._active_adapter = [adapter]
