@@ -5,10 +5,11 @@ Shapes: B items, C latent channels, h x w latent pixels, N = h * w image tokens,
 
 Who calls what, in the order of a run:
 
-1. `open_family` reads model_index.json, finds the class by its `pipeline_class`, and makes it: `__init__` reads the
-   configuration files. The trainer then calls `check_variant`, which asks `_variants`. Nothing large has been read so far.
+1. `open_family` reads model_index.json, finds the class by the pipeline that is named there, imports it and makes it:
+   `__init__` reads the configuration files. The trainer then calls `check_variant`, which asks `_variants`.
 2. The data set is read: each bucket's sides are multiples of `pixel_multiple`, and `latent_shape` may refuse a size. For a
-   LoRA, `lora_targets` and `lora_kinds` are looked up in `meta_transformer()`; the planner counts memory on the same model.
+   LoRA, `lora_targets` and `lora_kinds` are looked up in `meta_transformer()`. The planner traces a step of the same model
+   with `largest_contexts`. Nothing large has been read so far.
 3. The context cache asks `fingerprint` (which asks `_teacher_parts`) for what a context depends on. For what it has not got it
    calls `load_encoders`, then `student_context`, `teacher_context` and `encode_image` once a prompt or picture, and frees
    the encoders. From here on a context is a dict of tensors, and nobody but the family knows what its names mean.
@@ -18,8 +19,8 @@ Who calls what, in the order of a run:
    `Pair.open(...)` to the objective. The objective calls it once a state: `velocity` for the teacher, without gradient, then
    `velocity` for the student.
 6. Pictures: `sample_grid`, `velocity` once a step of it, and `decode` (which asks `_to_vae`) of what comes out.
-7. At the end the weights are exported under the names that they have in `load_transformer()`, an adapter through `save_lora`,
-   for which `pipeline_class` must be a class of diffusers.
+7. At the end the weights are exported under the names that they have in `load_transformer()`; an adapter is written by
+   `pipeline_class`, which must be a class of diffusers for that.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dopsd_fast.families.base import Context, Encoders, Family, model_dtype
+from dopsd_fast.conditioning.context import Context, TensorShapes
+from dopsd_fast.conditioning.encoders import Encoders
+from dopsd_fast.families.base import Family, model_dtype
+from dopsd_fast.families.pipeline_folder import PARTS
 
 CHANNELS, WIDTH, TEXT_WIDTH, SHIFT = 4, 16, 12, 3.0
 
@@ -59,8 +63,9 @@ class TemplateTransformer(nn.Module):
         """noise - image `[N, C]`, of image tokens `[N, C]`, reference `[R, C]` (R may be 0), text `[T, D]`, sigma `[1]`."""
         tokens = self.image_in(torch.cat([image, reference])) + self.time_in(sigma)
         tokens = torch.cat([tokens, self.text_in(text)])
-        q, k, v = (self.attention[name](tokens) for name in ("to_q", "to_k", "to_v"))
-        tokens = tokens + self.attention["to_out"](F.scaled_dot_product_attention(q[None], k[None], v[None])[0])
+        # [batch, heads, tokens, head width]: the planner's trace on the meta device takes no other shape.
+        q, k, v = (self.attention[name](tokens)[None, None] for name in ("to_q", "to_k", "to_v"))
+        tokens = tokens + self.attention["to_out"](F.scaled_dot_product_attention(q, k, v)[0, 0])
         return self.out(tokens[: len(image)])
 
 
@@ -94,10 +99,10 @@ class TemplateFamily(Family):
 
     # Class attributes: what is the same for every folder of this family.
     name = "template"
-    pipeline_class = "TemplatePipeline"  # _class_name in model_index.json, by which `open_family` knows the folder
+    pipeline_class = "TemplatePipeline"  # of diffusers; _class_name in model_index.json
     transformer_class = "TemplateTransformer"  # of diffusers, for load_transformer and meta_transformer of the base class
     vae_class = "TemplateVae"  # of diffusers, for the base class's load_vae
-    contexts = ("edit",)  # the values of conditioning.context that make sense; the first is the default
+    contexts = ("edit",)  # the values of conditioning.context that make sense; the first is what "auto" means
     deployment_steps = 4  # function evaluations of ordinary sampling
     guidance_scale = 1.0  # what the pipeline is told to sample without classifier-free guidance
     thinking = False  # of Qwen3's chat template
@@ -128,6 +133,12 @@ class TemplateFamily(Family):
     def _model_shift(self, steps: int, latent_shape: tuple[int, ...]) -> float:
         """Called by `train_grid` and `sample_grid`, which make t_0 = 0 (noise) to t_K = 1 (image) of it."""
         return float(self.scheduler_config["shift"])
+
+    def largest_contexts(self, latent: tuple[int, int, int]) -> tuple[TensorShapes, TensorShapes]:
+        """Called by the planner with the largest bucket's latent: what of the longest contexts has to fit into memory."""
+        channels, height, width = latent
+        text = {"text": (self.conditioning.max_text_tokens, TEXT_WIDTH)}
+        return text, text | {"reference": (height * width, channels)}
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
@@ -162,7 +173,8 @@ class TemplateFamily(Family):
 
     def load_transformer(self, dtype: torch.dtype) -> nn.Module:
         """Called by `build_pair`. Eval mode, on CPU, every parameter requires gradient. The base class does it for a
-        `transformer_class` of diffusers."""
+        `transformer_class` of diffusers, whose models also have the `enable_gradient_checkpointing` that
+        train.activations=recompute calls where there is no pair forward."""
         model = TemplateTransformer(**self.transformer_config)
         model.load_state_dict(load_file(self.path / "transformer" / "diffusion_pytorch_model.safetensors"))
         return model.to(dtype).eval()
@@ -215,8 +227,8 @@ class TemplateFamily(Family):
 
 
 def make_template(folder: Path) -> Path:
-    """Writes a random pipeline of this family, as `tests/tiny.py` does for the real ones: parts that `PARTS` of the base class
-    names, JSON beside safetensors. Every parameter has a size that matters, since a zero would hide an error behind it."""
+    """Writes a random pipeline of this family, as `tests/tiny.py` does for the real ones. Every parameter has a size that
+    matters, since a zero would hide an error behind it."""
     sizes = {"channels": CHANNELS, "width": WIDTH, "text_width": TEXT_WIDTH}
     configs = {
         "model_index.json": {"_class_name": TemplateFamily.pipeline_class},
@@ -224,7 +236,7 @@ def make_template(folder: Path) -> Path:
         "vae/config.json": {"scaling_factor": 0.5},
         "transformer/config.json": sizes,
     }
-    for part in ("scheduler", "vae", "text_encoder", "tokenizer", "transformer"):
+    for part in PARTS:
         (folder / part).mkdir(parents=True)
     for name, content in configs.items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")

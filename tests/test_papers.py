@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dopsd_fast import plan
-from dopsd_fast.settings import load_settings
+from dopsd_fast.settings.load import load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"

@@ -8,14 +8,21 @@ import torch
 from PIL import Image
 from torch import nn
 
+from dopsd_fast.distributed.plain_engine import PlainEngine
+from dopsd_fast.distributed.process_group import Ranks
 from dopsd_fast.errors import UserError
 from dopsd_fast.families.base import Family
-from dopsd_fast.objective import StepInputs, make_objective
-from dopsd_fast.sampling import rollout
-from dopsd_fast.settings import load_settings
-from dopsd_fast.sharding import Engine
-from dopsd_fast.teacher import build_pair, coverage_by_kind
-from tests.template_family import CHANNELS, SHIFT, TemplateFamily, make_template
+from dopsd_fast.families.build import build_pair
+from dopsd_fast.families.registry import open_family
+from dopsd_fast.memory.ledger import Machine
+from dopsd_fast.memory.planner import make_plan
+from dopsd_fast.method.objective import StepInputs
+from dopsd_fast.method.registry import make_objective
+from dopsd_fast.method.trajectory import rollout
+from dopsd_fast.pair.lora import coverage_by_kind
+from dopsd_fast.settings.load import load_settings
+from dopsd_fast.settings.names import FAMILIES, FamilyNames
+from tests.template_family import CHANNELS, SHIFT, WIDTH, TemplateFamily, make_template
 
 SIDE, LR, EPS, DECAY, CLIP = 8, 1e-2, 1e-3, 0.9, 0.5
 PROMPTS = ("a red ball", "a longer caption")
@@ -36,7 +43,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def family(folder):
-    return TemplateFamily(folder, settings_of(folder).conditioning)
+    """Entered for a moment where a real family stays."""
+    with pytest.MonkeyPatch.context() as patch:
+        names = FamilyNames(TemplateFamily.__module__, "TemplateFamily", (TemplateFamily.pipeline_class,), "edit")
+        patch.setitem(FAMILIES, TemplateFamily.name, names)
+        return open_family(folder, settings_of(folder).conditioning)
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +94,13 @@ def plain_step(model: nn.Module, contexts) -> tuple[float, nn.Module, nn.Module]
 def our_step(family: Family, settings, contexts):
     """Loss and pair after one step of the trainer's own parts."""
     pair = build_pair(family, settings, torch.float32)
-    engine = Engine(pair, settings)
+    engine = PlainEngine(pair, settings.train, settings.teacher, Ranks(0, 1, 0, torch.device("cpu")))
     x = noise()
     grid = family.train_grid(settings.method.num_states, settings.method.shift, tuple(x.shape[1:]))
     with engine.accumulating():
-        inputs = StepInputs(noise=x, grid=grid, forward=pair.open(family, *contexts, x.shape))
-        report = make_objective(settings).accumulate(inputs, engine.backward)
+        inputs = StepInputs(noise=x, grid=grid, forward=pair.open(*contexts, x.shape))
+        report = make_objective(settings.method).accumulate(inputs, engine.backward)
     engine.step(LR)
-    engine.close()
     return report.loss, pair
 
 
@@ -109,6 +119,15 @@ def test_a_step_is_the_published_one(family, folder, contexts):
             assert (weight - start.get_parameter(name)).abs().max() > 10 * bound, name
 
 
+def test_the_planner_counts_it(family, folder):
+    settings = settings_of(folder, "train.batch_size=2")
+    plan = make_plan(settings, Machine(1, 1, None, None, "cpu"), family)
+    assert plan.parameters == sum(p.numel() for p in family.load_transformer(torch.float32).parameters())
+    # A state keeps q, k and v (fp32) of each item's text and image tokens, at the least.
+    text, image = settings.conditioning.max_text_tokens, (settings.data.resolution // 2) ** 2
+    assert plan.items["activations for backward"][0] > 2 * 3 * 4 * WIDTH * (text + image)
+
+
 def test_a_lora_finds_what_the_family_names(family):
     assert coverage_by_kind(family.meta_transformer(), family.lora_targets, family.lora_kinds) == {"attention": (4, 4)}
 
@@ -116,7 +135,7 @@ def test_a_lora_finds_what_the_family_names(family):
 @torch.no_grad()
 def test_a_trajectory_is_the_schedulers_own(family, folder, contexts):
     pair, x = build_pair(family, settings_of(folder), torch.float32), noise()
-    sampler = pair.sampler(family, "student", contexts[0], x.shape)
+    sampler = pair.sampler("student", contexts[0], x.shape)
     latents = rollout(sampler, x, family.sample_grid(0, tuple(x.shape[1:])))
     model = family.load_transformer(torch.float32)
     for now, then in zip(SIGMAS[:-1], SIGMAS[1:]):
