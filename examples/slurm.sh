@@ -29,6 +29,7 @@ source .venv/bin/activate || exit 1
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT WORLD_SIZE=$SLURM_NTASKS LOCAL_SIZE=$SLURM_NTASKS_PER_NODE
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it over from sbatch since SLURM 22.05
 
 # A rank that is lost is reported by the others, which then end by themselves: srun must not end them before.
 srun --kill-on-bad-exit=0 bash -c \
