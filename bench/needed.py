@@ -30,6 +30,7 @@ PACKAGES = (
     Package("numpy", "numpy"),
     Package("pillow", "PIL"),
     Package("tqdm", "tqdm"),
+    Package("psutil", "psutil"),
     Package("rich", "rich"),
     Package("pydantic", "pydantic", brought=True),
     Package("pydantic-core", "pydantic_core", brought=True),
@@ -37,6 +38,7 @@ PACKAGES = (
     Package("typing-inspection", "typing_inspection", brought=True),
     Package("typing-extensions", "typing_extensions", brought=True),  # it has an older one than pydantic may want
     Package("diffusers", "diffusers", brought=True),
+    Package("tomli-w", "tomli_w", brought=True),
     Package("triton", "triton", needed=False),
     Package("tensorboard", "tensorboard", needed=False),
     Package("matplotlib", "matplotlib", needed=False),

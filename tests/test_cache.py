@@ -1,6 +1,5 @@
 """The conditioning cache: what is found again, what is computed again, and what kills, damage and ranks do to it."""
 
-import json
 import os
 import signal
 import subprocess
@@ -20,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from dopsd_fast.conditioning import encoders
 from dopsd_fast.conditioning.cache import ContextCache
 from dopsd_fast.conditioning.fingerprint import hash_folder
+from dopsd_fast.conditioning.store import ContextStore
 from dopsd_fast.errors import UserError
 from dopsd_fast.families.registry import open_family
 from dopsd_fast.settings.schema import ConditioningSettings
+from dopsd_fast.storage import atomic
 from tests.tiny import make_zimage, shared
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,8 +102,7 @@ def test_found_again_by_content(tmp_path, image, computed):
     again = request_all(second, moved)
     assert again == keys and second.complete(again) == 0
     assert all(same(first.get(key), second.get(key)) for key in keys) and not computed
-    index = json.loads((tmp_path / "cache" / "index.json").read_text())
-    assert sorted(key for shard in index["shards"].values() for key in shard["keys"]) == sorted(keys)
+    assert files(tmp_path / "cache") == sorted(tmp_path / "cache" / f"{key}.safetensors" for key in keys)
 
 
 def test_whatever_changed_is_computed_again(tmp_path, image, computed):
@@ -172,54 +172,49 @@ def test_precision_is_part_of_the_key(image):
     assert half.get(half.request("student", "a cat"))["text"].dtype == torch.bfloat16
 
 
-def shards(folder):
-    return sorted(folder.glob("contexts-*.safetensors"))
+def files(folder):
+    return sorted(folder.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "header", "flipped", "index", "index gone"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "header", "flipped", "gone"])
 def test_damage_is_computed_again_with_a_notice(tmp_path, image, computed, damage):
     folder = tmp_path / "cache"
-    first = make(folder, shard_bytes=1)  # one shard a value
+    first = make(folder)
     keys = request_all(first, image)
     first.complete(keys)
     good = [{name: t.clone() for name, t in first.get(key).items()} for key in keys]
-    shard, data = shards(folder)[2], shards(folder)[2].read_bytes()
-    assert len(shards(folder)) == 5
+    file, data = files(folder)[2], files(folder)[2].read_bytes()
+    assert len(files(folder)) == 5
     flipped = bytearray(data)
     flipped[-3] ^= 0x40
-    if damage == "index":
-        (folder / "index.json").write_text('{"shards": ')
-    elif damage == "index gone":
-        (folder / "index.json").unlink()
-    else:
-        content = {"truncated": data[:-7], "empty": b"", "header": b"\xff" * 40 + data[40:], "flipped": bytes(flipped)}
-        shard.unlink()
-        shard.write_bytes(content[damage])
+    content = {"truncated": data[:-7], "empty": b"", "header": b"\xff" * 40 + data[40:], "flipped": bytes(flipped)}
+    file.unlink()
+    if damage != "gone":
+        file.write_bytes(content[damage])
     computed.clear()
     notices = []
     cache = make(folder, log=notices.append)
     cache.complete(request_all(cache, image))
-    expected = 0 if damage.startswith("index") else 1
-    assert len(computed) == len(notices) == expected
-    assert all(str(shard) in notice and "again" in notice for notice in notices)
+    assert len(computed) == 1 and len(notices) == (damage != "gone")  # what is gone is not damaged
+    assert all(str(file) in notice and "again" in notice for notice in notices)
     assert all(same(cache.get(key), value) for key, value in zip(keys, good, strict=True))
-    assert len(computed) == expected
+    assert len(computed) == 1
     third = make(folder)
     third.complete(request_all(third, image))
-    assert len(computed) == expected
+    assert len(computed) == 1
 
 
 def test_damage_after_completion_is_noticed_at_get(tmp_path, image, computed):
     folder = tmp_path / "cache"
-    first = make(folder, shard_bytes=1)
+    first = make(folder)
     keys = request_all(first, image)
     first.complete(keys)
     good = [{name: t.clone() for name, t in first.get(key).items()} for key in keys]
     notices = []
     cache = make(folder, log=notices.append)
     cache.complete(request_all(cache, image))
-    for shard in shards(folder):
-        shard.unlink()
+    for file in files(folder):
+        file.unlink()
     computed.clear()
     assert all(same(cache.get(key), value) for key, value in zip(keys, good, strict=True))
     assert len(computed) == len(notices) == 5
@@ -278,9 +273,10 @@ sys.path.insert(0, sys.argv[1])
 from dopsd_fast.conditioning.cache import ContextCache
 from dopsd_fast.families.registry import open_family
 from dopsd_fast.settings.schema import ConditioningSettings
+from dopsd_fast.storage import atomic
 
 family = open_family(sys.argv[2], ConditioningSettings(max_text_tokens=32, max_vlm_tokens=64))
-cache = ContextCache("disk", Path(sys.argv[3]), family, shard_bytes=1)
+cache = ContextCache("disk", Path(sys.argv[3]), family, batch_bytes=1)
 original = cache._compute
 def slow(request):
     time.sleep(0.1)
@@ -295,14 +291,14 @@ def test_a_killed_run_continues(tmp_path, computed):
     command = [sys.executable, "-c", textwrap.dedent(KILLED), str(ROOT), str(shared("zimage")), str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while len(shards(folder)) < 4 and time.monotonic() < deadline and process.poll() is None:
+    while len(files(folder)) < 4 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = len(shards(folder))
-    assert 4 <= done < 200 and not (folder / "index.json").exists()
-    (folder / "contexts-0.tmp").write_bytes(b"half")
-    os.utime(folder / "contexts-0.tmp", (0, 0))
+    done = len(files(folder))
+    assert 4 <= done < 200
+    (folder / "0.tmp").write_bytes(b"half")
+    os.utime(folder / "0.tmp", (0, 0))
     cache = make(folder)
     keys = [cache.request("student", f"prompt {i}") for i in range(done + 6)]
     cache.complete(keys)
@@ -331,10 +327,10 @@ def test_unusable_folder_is_one_line(tmp_path):
     with pytest.raises(UserError, match="conditioning.folder="):
         make(tmp_path / "file" / "cache")
     cache = make(tmp_path / "cache")
-    cache._shards.folder = Path("/proc")
+    cache._store.folder = Path("/proc")
     with pytest.raises(UserError, match="cannot write the conditioning cache") as error:
-        cache._shards.add("key", {"text": torch.zeros(1)})
-        cache._shards.flush()
+        cache._store.add("key", {"text": torch.zeros(1)})
+        cache._store.flush()
     assert "\n" not in str(error.value)
 
 
@@ -349,3 +345,23 @@ def test_several_images_per_request(tmp_path, image):
     assert len(cache.get(both)["text"]) == len(cache.get(one)["text"]) + 4 + 2  # four image tokens, start and end
     with pytest.raises(KeyError):
         cache.get("unknown")
+
+
+def test_a_batch_is_flushed_once(tmp_path, monkeypatch):
+    """Nothing has its name before the flush; one flush, whatever the number of contexts, and none of a single file."""
+    flushed, synced = [], []
+    def synchronised(folder):
+        flushed.append(sorted(file.suffix for file in folder.iterdir()))
+
+    monkeypatch.setattr(atomic, "_sync_file_system", synchronised)
+    monkeypatch.setattr(atomic.os, "fsync", synced.append)
+    store = ContextStore(tmp_path, 1 << 20, 1e9, print)
+    for i in range(5):
+        store.add(f"{i}", {"text": torch.full((2,), i)})
+    assert not files(tmp_path) and not flushed
+    store.flush()
+    assert flushed == [[".tmp"] * 5] and len(files(tmp_path)) == 5 and len(synced) == 1  # of the folder
+    assert store.read("3")["text"].tolist() == [3, 3]
+    small = ContextStore(tmp_path, 16, 1e9, print)
+    small.add("5", {"text": torch.zeros(4)})  # 16 bytes: a batch
+    assert len(flushed) == 2 and "5" in small

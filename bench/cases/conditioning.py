@@ -200,7 +200,7 @@ def measure(
     built = interleaved(once, options.repeats(5, 2), 1, options.device, options.clock)
     per_record = {name: [value / len(records) for value in values] for name, values in built.items()}
     size = {"memory": sum(t.nbytes for context in contexts["memory"] for t in context.values()),
-            "disk": sum(file.stat().st_size for file in full.glob("contexts-*.safetensors"))}  # fmt: skip
+            "disk": sum(file.stat().st_size for file in full.glob("*.safetensors"))}  # fmt: skip
     for name in ("memory", "disk"):
         rows.append(Row(SUITE, case, name, "seconds_to_build", unit="s", **summary(per_record[name])))
         rows.append(Row(SUITE, case, name, "bytes_per_record", size[name] / len(records), "B"))

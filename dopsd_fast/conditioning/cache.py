@@ -1,9 +1,7 @@
 """Contexts and latents, computed once and found again by content.
 
 A key is the hash of everything that decides the value: kind, encoder fingerprint, prompt, and the digests of the
-cropped images. Values lie in `contexts-*.safetensors` shards (tensors `key/name`, a checksum per key in the metadata),
-each written under a temporary name and renamed; `index.json` maps keys to shards. The index is only a shortcut: a shard
-that it does not know, as a killed run leaves them, is read from its header.
+cropped images. On the disk each value is a file of its own, see store.py.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import torch
 
 from dopsd_fast.conditioning.context import Context, ContextMaker
 from dopsd_fast.conditioning.encoders import Encoders
-from dopsd_fast.conditioning.store import ShardStore
+from dopsd_fast.conditioning.store import ContextStore
 from dopsd_fast.data.images import image_digest, load_image
 from dopsd_fast.errors import UserError
 from dopsd_fast.storage.digests import digest
@@ -38,7 +36,7 @@ class Request:
 class ContextCache:
     """`request` what will be needed, `complete` it, then `get` it, on CPU.
 
-    policy: "disk" (shards in `folder`, shared by ranks and runs), "memory" (each rank computes and keeps its own), "off"
+    policy: "disk" (files in `folder`, shared by ranks and runs), "memory" (each rank computes and keeps its own), "off"
     (nothing is kept: encoders stay, `get` computes). `barrier` waits for all ranks, which must pass the same keys to
     `complete`. `progress` wraps the keys that are computed there, to show how far that is. A value is the same whoever
     computes it, in whatever order.
@@ -57,8 +55,8 @@ class ContextCache:
         progress: Callable[[Sequence[str]], Iterable[str]] = iter,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        shard_bytes: int = 256 * 2**20,
-        shard_seconds: float = 20.0,
+        batch_bytes: int = 256 * 2**20,
+        batch_seconds: float = 20.0,
     ):
         if policy == "disk" and folder is None:
             raise UserError("conditioning.cache=disk needs conditioning.folder")
@@ -69,9 +67,9 @@ class ContextCache:
         self._digests: dict[Crop, str] = {}
         self._encoders: Encoders | None = None
         self._memory: dict[str, Context] = {}
-        self._shards: ShardStore | None = None
+        self._store: ContextStore | None = None
         if policy == "disk" and folder is not None:
-            self._shards = ShardStore(Path(folder), shard_bytes, shard_seconds, log)
+            self._store = ContextStore(Path(folder), batch_bytes, batch_seconds, log)
 
     def request(self, kind: Kind, prompt: str = "", image: Crop | Sequence[Crop] | None = None) -> str:
         """The key of one value. kind: "student" (prompt), "teacher" (prompt, images) or "latents" (one image)."""
@@ -92,47 +90,44 @@ class ContextCache:
         wanted = list(dict.fromkeys(keys))
         if self.policy == "off":
             return 0
-        if self._shards is None:
+        if self._store is None:
             missing = [key for key in wanted if key not in self._memory]
             for key, context in self._compute_all(missing):
                 self._memory[key] = context
         else:
             self.barrier()
-            damaged = self._shards.scan()
-            present = [key for key in wanted if key in self._shards]
-            absent = [key for key in wanted if key not in self._shards]
+            self._store.scan()
+            present = [key for key in wanted if key in self._store]
+            absent = [key for key in wanted if key not in self._store]
             self.barrier()
             if self.rank == 0:
-                self._shards.clean(damaged)
+                self._store.clean()
             missing = absent[self.rank :: self.world]
-            missing += [key for key in present[self.rank :: self.world] if self._shards.read(key) is None]
+            missing += [key for key in present[self.rank :: self.world] if self._store.read(key) is None]
             try:
                 for key, context in self._compute_all(missing):
-                    self._shards.add(key, context)
+                    self._store.add(key, context)
             finally:
-                self._shards.flush()
+                self._store.flush()
             self.barrier()
-            self._shards.scan()
-            if self.rank == 0:
-                self._shards.write_index()
-            self.barrier()
+            self._store.scan()
         self.release()
         return len(missing)
 
     def get(self, key: str) -> Context:
-        """The value of a requested key. Computed now if the policy is off, or if its shard turns out to be damaged."""
+        """The value of a requested key. Computed now if the policy is off, or if its file turns out to be damaged."""
         if key in self._memory:
             return self._memory[key]
-        if self._shards is not None:
-            found = self._shards.read(key)
+        if self._store is not None:
+            found = self._store.read(key)
             if found is not None:
                 return found
         if key not in self._requests:
             raise KeyError(f"{key} was never requested")
         context = self._compute(self._requests[key])
-        if self._shards is not None:
-            self._shards.add(key, context)
-            self._shards.flush()
+        if self._store is not None:
+            self._store.add(key, context)
+            self._store.flush()
         if self.policy != "off":
             self.release()
         return context

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import UserError
+from dopsd_fast.errors import UserError
 
 TEXT_ENCODERS = ("Qwen3Model", "Qwen3ForCausalLM")
 ATTENTION = "sdpa"

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..errors import UserError
-from .text import ATTENTION, load_pretrained, load_tokenizer, one_line
+from dopsd_fast.conditioning.text import ATTENTION, load_pretrained, load_tokenizer, one_line
+from dopsd_fast.errors import UserError
 
 IMAGE_TOKEN = "<|image_pad|>"
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dopsd_fast.errors import UserError
 
@@ -92,10 +92,7 @@ def load_image(path: Path, height: int, width: int) -> Image.Image:
         turn = _TURN.get(_orientation(image))
     if turn is not None:
         rgb = rgb.transpose(turn)
-    scale = max(width / rgb.width, height / rgb.height)
-    left, top = (rgb.width - width / scale) / 2, (rgb.height - height / scale) / 2
-    box = (max(0.0, left), max(0.0, top), min(rgb.width, rgb.width - left), min(rgb.height, rgb.height - top))
-    return rgb.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    return ImageOps.fit(rgb, (width, height), Image.Resampling.BICUBIC)
 
 
 def image_digest(path: Path, height: int, width: int) -> str:

@@ -7,13 +7,13 @@ allocates; the names of DeepSpeed's are those of version 0.19.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from dopsd_fast.families.base import Family
@@ -62,7 +62,7 @@ class Moment:
 
 def _host_memory() -> int:
     """Bytes of the node, or of the container that this process may use."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = psutil.virtual_memory().total
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         limit = Path(name).read_text().strip() if Path(name).is_file() else "max"
         if limit.isdigit():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -121,16 +122,7 @@ def _has_room(parts: RunParts) -> bool:
         torch.cuda.empty_cache()
         if torch.cuda.mem_get_info(parts.device)[0] < needed:
             return False
-    return _free_memory() > needed
-
-
-def _free_memory() -> float:
-    """Bytes of main memory that are free or can be had from the file cache; infinite where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return float("inf")
+    return psutil.virtual_memory().available > needed  # the file cache counts as free
 
 
 def _compare(parts: RunParts, showcase: Showcase, branch: str, out: Path) -> int | None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -96,12 +97,8 @@ def describe(model: type[BaseModel], recipes: str, default: str) -> str:
 
 
 def write_toml(values: dict[str, Any]) -> str:
-    """TOML of one level of tables: plain values first, then each section."""
-    lines = [f"{key} = {_toml(value)}" for key, value in values.items() if not isinstance(value, dict)]
-    for section, content in values.items():
-        if isinstance(content, dict):
-            lines += ["", f"[{section}]"] + [f"{key} = {_toml(value)}" for key, value in content.items()]
-    return "\n".join(lines) + "\n"
+    """TOML of nested tables."""
+    return tomli_w.dumps(values)
 
 
 def _split(argv: list[str], known: dict[str, FieldInfo]) -> tuple[str, list[str]]:

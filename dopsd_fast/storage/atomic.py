@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,6 +30,29 @@ def replace(temporary: Path, final: Path) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, final)
     sync_folder(final.parent)
+
+
+def replace_all(files: Mapping[Path, Path]) -> None:
+    """`replace` for many files (temporary -> final name) of one folder, with one flush for all of them: the file system is
+    synchronised as a whole, instead of file by file."""
+    folders = {final.parent for final in files.values()}
+    for folder in folders:
+        _sync_file_system(folder)
+    for temporary, final in files.items():
+        os.replace(temporary, final)
+    for folder in folders:
+        sync_folder(folder)
+
+
+def _sync_file_system(folder: Path) -> None:
+    """Linux's syncfs(2), which Python does not offer; os.sync would wait for every other disk of the machine, too."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(handle):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(folder))
+    finally:
+        os.close(handle)
 
 
 def write_text(file: Path, text: str) -> None:
