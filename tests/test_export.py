@@ -196,9 +196,10 @@ def finished(family, tensors, rank=0):
             raise UserError(problem)
 
     engine = SimpleNamespace(full_tensors=lambda branch: iter(tensors), stage=3)
-    return SimpleNamespace(engine=engine, pair=SimpleNamespace(lora_config=None), rank=rank, world=2, agree=agree,
-                           settings=SimpleNamespace(train=SimpleNamespace(masters="fp32")), family=family,
-                           parameters=100, dtype=torch.bfloat16, device=torch.device("cpu"))  # fmt: skip
+    settings = SimpleNamespace(train=SimpleNamespace(masters="fp32"))
+    return SimpleNamespace(engine=engine, pair=SimpleNamespace(lora_config=None), rank=rank, world=2, settings=settings,
+                           consensus=SimpleNamespace(agree=agree), family=family,
+                           parameters=100, dtype=torch.bfloat16, device=torch.device("cpu"))
 
 
 def test_every_exported_weight_is_compared_with_the_live_one(tmp_path):

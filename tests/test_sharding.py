@@ -270,7 +270,8 @@ def test_coverage_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = ranks.Transformer()
     assert lora_coverage(model, ["to_q", "blocks.0.w1", "x"]) == {"to_q": 2, "blocks.0.w1": 1, "x": 0}
-    family = SimpleNamespace(load_transformer=lambda dtype: model, lora_targets=("to_q", "w1"), pair_forward=lambda *_: None)
+    family = SimpleNamespace(load_transformer=lambda dtype: model, lora_targets=("to_q", "w1"), pair_forward=lambda *_: None,
+                             velocity=None)
     pair = build_pair(family, lora_settings(), torch.bfloat16)
     assert len(pair.trained()) == 8 and all(t.student.is_meta for t in pair.trained())
 
