@@ -1,8 +1,8 @@
-"""`python -m bench.readme [--check]`: writes README's tables of measurements from the newest committed results.
+"""`python -m bench.readme [--check]`: writes the tables of README.md and of docs/results.md from the newest committed results.
 
-Of the folders in bench/results of one machine the last one by name counts, a CPU's and each GPU's. The table of speeds stands
-between `BEGIN` and `END`, that of the suite reproduce between `REPRODUCED`'s two; `--check` writes nothing and fails when
-a table is not that of the results.
+Of the folders in bench/results of one machine the last one by name counts, a CPU's and each GPU's. README has the four rows
+that the paper's claim rests on, docs/results.md the tables of speeds and of the suite reproduce in full; each table stands
+between two marks of its own. `--check` writes nothing and fails when a table is not that of the results.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from bench.results import ROOT, Row, read_results
 from bench.show import digits, read
 from dopsd_fast.errors import UserError
 
-README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
-BEGIN, END = "<!-- measured: begin; written by python -m bench.readme -->", "<!-- measured: end -->"
+README, PAGE, RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "bench" / "results"
+FROM_PAGE = "../bench/results"
+"""RESULTS, as a link in PAGE names it."""
+METHODS = "<!-- methods: begin; written by python -m bench.readme -->", "<!-- methods: end -->"
+MEASURED = "<!-- measured: begin; written by python -m bench.readme -->", "<!-- measured: end -->"
 REPRODUCED = "<!-- reproduced: begin; written by python -m bench.readme -->", "<!-- reproduced: end -->"
 SUITE = "reproduce"
 GRID = "plots/reproduce_grid_target.png"
@@ -43,42 +46,44 @@ Found = Mapping[tuple[str, str, str, str], Row]
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.readme", description="Writes README's table of measurements from "
-                                     "bench/results.")  # fmt: skip
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when the table is another one")
+    parser = argparse.ArgumentParser(prog="python -m bench.readme",
+                                     description="Writes the tables of README.md and docs/results.md from bench/results.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when a table is another one")
     arguments = parser.parse_args(argv)
     try:
-        text = README.read_text(encoding="utf-8")
-        wanted = whole(text, RESULTS)
+        stale = {file: text for file, text in pages(RESULTS).items() if text != file.read_text(encoding="utf-8")}
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if wanted == text:
-        print(f"{README.name} is up to date")
+    if not stale:
+        print(f"{README.name} and {PAGE.name} are up to date")
         return 0
     if arguments.check:
-        print(f"{README.name}: its table is not that of {RESULTS}: run python -m bench.readme", file=sys.stderr)
+        names = " and ".join(file.name for file in stale)
+        print(f"{names}: the tables are not those of {RESULTS}: run python -m bench.readme", file=sys.stderr)
         return 1
-    README.write_text(wanted, encoding="utf-8")
-    print(f"written: {README}")
+    for file, text in stale.items():
+        file.write_text(text, encoding="utf-8")
+        print(f"written: {file}")
     return 0
 
 
-def whole(text: str, results: Path) -> str:
-    """README with its tables as `results` has them."""
-    text = replaced(text, block(newest(results)))
-    if REPRODUCED[0] in text:
-        text = replaced(text, "\n".join(part for folder in newest(results, True) for part in reproduced(folder)), *REPRODUCED)
-    return text
+def pages(results: Path) -> dict[Path, str]:
+    """README.md and docs/results.md with their tables as `results` has them."""
+    speeds, methods = newest(results), newest(results, True)
+    readme = replaced(README, README.read_text(encoding="utf-8"), "\n".join(map(four_rows, methods)), METHODS)
+    page = replaced(PAGE, PAGE.read_text(encoding="utf-8"), block(speeds), MEASURED)
+    page = replaced(PAGE, page, "\n".join(part for folder in methods for part in reproduced(folder)), REPRODUCED)
+    return {README: readme, PAGE: page}
 
 
-def replaced(text: str, table: str, begins: str = BEGIN, ends: str = END) -> str:
-    """`text` with `table` between the marks. UserError: there are none."""
-    before, begin, rest = text.partition(begins)
-    _, end, after = rest.partition(ends)
+def replaced(file: Path, text: str, table: str, marks: tuple[str, str]) -> str:
+    """`text`, which `file` holds, with `table` between the marks. UserError: there are none."""
+    before, begin, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not begin or not end:
-        raise UserError(f"{README}: the lines {begins!r} and {ends!r} are missing; put them where the table belongs")
-    return f"{before}{begins}\n{table}{ends}{after}"
+        raise UserError(f"{file}: the lines {marks[0]!r} and {marks[1]!r} are missing; put them where the table belongs")
+    return f"{before}{begin}\n{table}{end}{after}"
 
 
 def newest(results: Path, of_reproduce: bool = False) -> list[Path]:
@@ -94,16 +99,27 @@ def newest(results: Path, of_reproduce: bool = False) -> list[Path]:
     return [found[gpu] for gpu in sorted(found)]
 
 
+def four_rows(folder: Path) -> str:
+    """Start, SFT, PSO and D-OPSD by our own measures, in Markdown."""
+    facts, rows = read_results(folder)
+    lines = paper.markdown({row.key: row for row in rows}, [START, "sft", "pso", OURS])
+    return "\n".join([*lines, "", f"({source(folder, facts)}.)\n"])
+
+
+def source(folder: Path, facts: Mapping[str, Any]) -> str:
+    """Where figures with an interval come from."""
+    commit = str(facts.get("commit") or "unknown")[:9]
+    return f"`bench/results/{folder.name}`, commit {commit}; 95 % intervals; {subject(facts)}"
+
+
 def reproduced(folder: Path) -> list[str]:
     """The methods, the verdicts on the claims, a grid, and what there is of ablations and customisation, in Markdown."""
     facts, rows = read_results(folder)
     found, measured = {row.key: row for row in rows}, {row.variant for row in rows if "_steps" in row.case}
-    commit = str(facts.get("commit") or "unknown")[:9]
-    where = f"`bench/results/{folder.name}`, commit {commit}; 95 % intervals; {subject(facts)}"
     lines = paper.markdown(found, [START, *(arm.name for arm in MAIN)], paper.FULL, paper.COLUMNS)
-    parts = ["\n".join([*lines, ""]), f"Claims {'; '.join(paper.verdicts(rows))}. ({where}.)\n"]
+    parts = ["\n".join([*lines, ""]), f"Claims {'; '.join(paper.verdicts(rows))}. ({source(folder, facts)}.)\n"]
     if (folder / GRID).exists():
-        parts.append(f"![the same captions by every method](bench/results/{folder.name}/{GRID})\n")
+        parts.append(f"![the same captions by every method]({FROM_PAGE}/{folder.name}/{GRID})\n")
     few = [arm.name for arm in ABLATIONS if arm.data == "few" and arm.name in measured]
     others = [arm.name for arm in ABLATIONS if arm.data != "few" and arm.name in measured]
     if few:
@@ -133,7 +149,7 @@ def tables(folder: Path) -> list[str]:
         commit = str(facts.get("commit") or "unknown")[:9]
         parts.append(f"(`bench/results/{folder.name}`, commit {commit}, torch {facts.get('torch')}.)\n")
         if (folder / PICTURE).exists():
-            parts.append(f"![how much faster ours is than each peer](bench/results/{folder.name}/{PICTURE})\n")
+            parts.append(f"![how much faster ours is than each peer]({FROM_PAGE}/{folder.name}/{PICTURE})\n")
     return parts
 
 
@@ -145,7 +161,7 @@ def subject(facts: Mapping[str, Any]) -> str:
 
 def fast(found: Found) -> list[str]:
     lines = [line(f"training step over {what}", [ratio(found, "step", f"{kind}/{peer}", "speedup") for kind in KINDS])
-             for peer, what in PEERS.items()]  # fmt: skip
+             for peer, what in PEERS.items()]
     for peer in ("R1", "R4"):
         cells = [ratio(found, "rollout", f"{kind}/{peer}", "speedup") for kind in KINDS]
         lines.append(line(f"trajectory states a second over {PEERS[peer]}", cells))

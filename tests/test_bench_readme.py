@@ -1,4 +1,4 @@
-"""README's table of measurements is that of the committed results."""
+"""The tables of README.md and docs/results.md are those of the committed results."""
 
 from dataclasses import replace
 
@@ -18,9 +18,27 @@ ROWS = [
 ]
 
 
-def test_the_committed_table_is_that_of_the_committed_results():
-    text = readme.README.read_text(encoding="utf-8")
-    assert readme.whole(text, readme.RESULTS) == text, "run python -m bench.readme"
+COMPARED = [
+    Row("reproduce", "target@4_steps", arm, "patch_fd", value, "", n=3, low=value - 0.05, high=value + 0.05)
+    for arm, value in (("start", 9.0), ("sft", 0.7), ("dopsd", 0.4))
+]
+
+
+@pytest.fixture
+def pages(tmp_path, monkeypatch):
+    """README.md and docs/results.md with marks and nothing between them, beside a folder of results."""
+    texts = {"README.md": [readme.METHODS], "results.md": [readme.REPRODUCED, readme.MEASURED]}
+    for name, marks in texts.items():
+        (tmp_path / name).write_text("before\n" + "".join(f"{begin}\nold\n{end}\n" for begin, end in marks) + "after\n")
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    monkeypatch.setattr(readme, "PAGE", tmp_path / "results.md")
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_the_committed_tables_are_those_of_the_committed_results():
+    for file, text in readme.pages(readme.RESULTS).items():
+        assert file.read_text(encoding="utf-8") == text, f"{file}: run python -m bench.readme"
 
 
 def test_the_table(tmp_path):
@@ -41,51 +59,49 @@ def test_the_table(tmp_path):
 
 def test_of_each_machine_the_newest_counts(tmp_path):
     for name, more in {"2026-01-01-cpu": {}, "2026-02-01-cpu": {}, "2026-03-01-cpu": {"quick": True},
-                       "2026-01-02-h100": {"gpu": "NVIDIA H100"}}.items():  # fmt: skip
+                       "2026-01-02-h100": {"gpu": "NVIDIA H100"}}.items():
         write_results(tmp_path / name, FACTS | more, ROWS)
     assert [path.name for path in readme.newest(tmp_path)] == ["2026-02-01-cpu", "2026-01-02-h100"]
 
 
-def test_the_table_of_the_comparison(tmp_path):
-    rows = [
-        Row("reproduce", "target@4_steps", arm, "patch_fd", value, "", n=3, low=value - 0.05, high=value + 0.05)
-        for arm, value in (("start", 9.0), ("sft", 0.7), ("dopsd", 0.4))
-    ]
+def test_the_tables_of_the_comparison(pages):
     answers = (("a", 1, 3), ("b", -1, 3), ("c", 0, 0))
-    rows += [Row("reproduce", name, "ours", "claim", value, "", n=n) for name, value, n in answers]
-    write_results(tmp_path / "2026-01-01-cpu", FACTS, ROWS)
-    write_results(tmp_path / "2026-02-01-reproduce", FACTS, rows)
-    assert [path.name for path in readme.newest(tmp_path)] == ["2026-01-01-cpu"]
-    text = f"{readme.BEGIN}\n{readme.END}\n{readme.REPRODUCED[0]}\n{readme.REPRODUCED[1]}\n"
-    found = readme.whole(text, tmp_path)
+    rows = COMPARED + [Row("reproduce", name, "ours", "claim", value, "", n=n) for name, value, n in answers]
+    write_results(pages / "2026-01-01-cpu", FACTS, ROWS)
+    write_results(pages / "2026-02-01-reproduce", FACTS, rows)
+    assert [path.name for path in readme.newest(pages)] == ["2026-01-01-cpu"]
+    short, found = readme.pages(pages).values()
+    assert "| SFT |  | 0.700 (0.650..0.750) |  |  |  |\n| D-OPSD |" in short and "82.2" not in short
+    assert "(`bench/results/2026-02-01-reproduce`, commit 012345678; 95 % intervals; `nano` on A CPU, 2 threads.)" in short
     assert "| paper: FID | DINO dist. | Quality | Aesthetic | GenEval | DPG |\n" in found and "| D-OPSD |  | 0.400" in found
     assert "| SFT |  | 0.700 (0.650..0.750) |  |  |  | 82.2 | 0.1896 | 2.61 | 2.49 | 0.159 | 70 |" in found
     assert "Claims supported: `a`; contradicted: `b`." in found and "training step over" in found
-    assert readme.whole(found, tmp_path) == found
     assert "four images" not in found and "changed in one thing" not in found
     more = [replace(rows[0], variant=arm, value=0.5, low=0.4, high=0.6) for arm in ("custom_pso", "weight_mu")]
-    write_results(tmp_path / "2026-02-01-reproduce", FACTS, [*rows, *more])
-    _, custom, ablations = readme.whole(text, tmp_path).split("| 4 steps a picture unless said |")[1:]
+    write_results(pages / "2026-02-01-reproduce", FACTS, [*rows, *more])
+    assert readme.pages(pages)[readme.README] == short
+    _, custom, ablations = readme.pages(pages)[readme.PAGE].split("| 4 steps a picture unless said |")[1:]
     assert "| start |" in custom and "| 4 images, LoRA: PSO |  | 0.500 (0.400..0.600) |  |  |  | 0.057 |  |" in custom
     assert "| D-OPSD |" in ablations and "| weight mu |  | 0.500" in ablations and "PSO" not in ablations
 
 
-def test_the_command(tmp_path, monkeypatch, capsys):
-    file = tmp_path / "README.md"
-    file.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
-    monkeypatch.setattr(readme, "README", file)
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+def test_the_command(pages, capsys):
+    texts = [readme.README, readme.PAGE]
     assert readme.main([]) == 2 and "no results" in capsys.readouterr().err
-    write_results(tmp_path / "a", FACTS, ROWS)
-    assert readme.main(["--check"]) == 1 and "old" in file.read_text()
-    assert "run python -m bench.readme" in capsys.readouterr().err
+    write_results(pages / "a", FACTS, ROWS)
+    write_results(pages / "b", FACTS, COMPARED)
+    assert readme.main(["--check"]) == 1 and all("old" in file.read_text() for file in texts)
+    assert "README.md and results.md: the tables are not those" in capsys.readouterr().err
     assert readme.main([]) == 0 and readme.main(["--check"]) == 0
-    text = file.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "2.25 x" in text and "old" not in text
-    write_results(tmp_path / "a", FACTS, [replace(ROWS[0], value=3.0), *ROWS[1:]])
-    assert readme.main(["--check"]) == 1
-    file.write_text("no marks")
-    assert readme.main([]) == 2 and "are missing" in capsys.readouterr().err
+    for file, figure in zip(texts, ("0.700", "2.25 x")):
+        text = file.read_text()
+        assert text.startswith("before\n") and text.endswith("\nafter\n") and figure in text and "old" not in text
+    write_results(pages / "a", FACTS, [replace(ROWS[0], value=3.0), *ROWS[1:]])
+    capsys.readouterr()
+    assert readme.main(["--check"]) == 1 and capsys.readouterr().err.startswith("results.md: the tables")
+    readme.PAGE.write_text("no marks")
+    assert readme.main([]) == 2
+    assert f"{readme.PAGE}: the lines" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rows", [[], [replace(ROWS[0], suite="zero")]])

@@ -17,7 +17,7 @@ def test_a_short_run_learns_the_style_and_keeps_the_old_domain(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     report = measure(run, count=48)
     assert (run / "demo.png").stat().st_size > 0
-    # 30 of the recipe's 100 steps on 48 captions; the full run's figures are in the README. The palette's distance is asserted
+    # 30 of the recipe's 50 steps on 48 captions; docs/results.md has the full run's figures. The palette's distance is asserted
     # for the old domain too: the Frechet distance of so few pictures is half noise.
     rows = report["rows"]
     assert report["style_distance_ratio"] < 0.9
