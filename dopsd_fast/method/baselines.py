@@ -31,6 +31,9 @@ class SFT:
     def states(self, num_states: int) -> int:
         return num_states + 1 if self.draws else 1
 
+    def describe(self) -> str:
+        return f"targets from the {'teacher' if self.draws else 'data'}"
+
     def accumulate(self, inputs: StepInputs, backward: Backward) -> StepReport:
         """Back-propagate `inputs.scale` * L. Raises NonFiniteLoss, and ValueError when a needed input is missing."""
         image, noise = (_drawn(inputs, "teacher"), inputs.second_noise) if self.draws else (inputs.latents, inputs.noise)
@@ -67,6 +70,10 @@ class PSO:
 
     def states(self, num_states: int) -> int:
         return num_states + 2
+
+    def describe(self) -> str:
+        pairs = "online" if self.drawn_by == "student" else "offline"
+        return f"{pairs} pairs, beta {self.beta:g}"
 
     def accumulate(self, inputs: StepInputs, backward: Backward) -> StepReport:
         """Back-propagate `inputs.scale` * L. Raises NonFiniteLoss, and ValueError when a needed input is missing."""

@@ -44,6 +44,10 @@ class DOPSD:
     def states(self, num_states: int) -> int:
         return num_states
 
+    def describe(self) -> str:
+        states = "on_policy" if self.on_policy else "off_policy"
+        return f"{states}, {'per_state' if self.per_state else 'k_graphs'}, weight {self.weight}"
+
     def accumulate(self, inputs: StepInputs, backward: Backward) -> StepReport:
         """Back-propagate `inputs.scale` * L. Raises NonFiniteLoss, and ValueError when a needed input is missing."""
         if self.needs_latents and inputs.latents is None:

@@ -89,6 +89,9 @@ class Objective(Protocol):
 
     def states(self, num_states: int) -> int: ...
 
+    def describe(self) -> str:
+        """What was chosen of it, for the first screen."""
+
     def accumulate(self, inputs: StepInputs, backward: Backward) -> StepReport: ...
 
 
@@ -108,3 +111,8 @@ def report(
         gap=math.sqrt(sum(gaps) / len(gaps)),
         states=states,
     )
+
+
+def shows_images(objective: Objective) -> bool:
+    """Whether the teacher is shown the target images, so that their contexts are needed."""
+    return objective.needs_teacher and objective.teacher_sees == "image"

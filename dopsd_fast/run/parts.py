@@ -48,8 +48,3 @@ class RunParts:
     engine: Engine
     first: int
     say: Callable[[str], None]
-
-    @property
-    def shows_images(self) -> bool:
-        """The teacher is shown the target images."""
-        return self.objective.needs_teacher and self.objective.teacher_sees == "image"

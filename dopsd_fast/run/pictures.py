@@ -14,6 +14,7 @@ from dopsd_fast.data.epochs import item_seed
 from dopsd_fast.data.images import load_image
 from dopsd_fast.data.records import Record
 from dopsd_fast.errors import UserError
+from dopsd_fast.method.objective import shows_images
 from dopsd_fast.method.trajectory import rollout
 from dopsd_fast.run.metrics import free_memory, is_out_of_memory
 from dopsd_fast.run.parts import RunParts
@@ -116,7 +117,7 @@ class Showcase:
     def latent(self, branch: str, shown: Shown, index: int) -> Tensor:
         """x_1 `[1, C, h, w]`: the student from the text; the teacher from the text and the target image where there is one."""
         parts, s = self.parts, self.parts.settings
-        seen = branch == "teacher" and shown.record is not None and parts.shows_images
+        seen = branch == "teacher" and shown.record is not None and shows_images(parts.objective)
         context = (
             parts.contexts.get("teacher", shown.record, shown.prompt) if seen else parts.contexts.get("student", shown.prompt)
         )

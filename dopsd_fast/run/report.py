@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dopsd_fast.data.records import NAMED
+from dopsd_fast.method.objective import shows_images
 from dopsd_fast.run.parts import RunParts
 
 
@@ -58,10 +59,7 @@ def first_screen(parts: RunParts) -> str:
     if parts.objective.needs_teacher:
         teacher = f"{s.teacher.kind} {s.teacher.ema_decay}" if s.teacher.kind == "ema" else s.teacher.kind
         method += f", teacher {teacher}" + (" in bf16" if s.teacher.ema_dtype == "bf16" else "")
-    if s.method.name == "dopsd":
-        method += f", {s.method.states}, {s.method.backward}, weight {s.method.weight}"
-    elif s.method.name == "pso":
-        method += f", {s.method.pairs} pairs, beta {s.method.beta:g}"
+    method += f", {parts.objective.describe()}"
     lines = [
         ("run", f"{parts.folder}" + (f", continues after step {parts.first}" if parts.first else "")),
         ("model", f"{d['model']} ({d['family']}, {d['parameters'] / 1e6:.1f} M parameters)"),
@@ -72,7 +70,7 @@ def first_screen(parts: RunParts) -> str:
         *parts.data.notes,
         ("prompts", f"cut where they are longer than {s.conditioning.max_text_tokens} tokens"
                     + (f" (the teacher's, with the picture: {s.conditioning.max_vlm_tokens})"
-                       if parts.shows_images and parts.family.context == "vlm" else "")),
+                       if shows_images(parts.objective) and parts.family.context == "vlm" else "")),
         *(("left out", f"{source}: {reason}") for source, reason in parts.data.skipped[:NAMED]),
         *([("left out", f"and {len(parts.data.skipped) - NAMED} more, listed at the end")]
           if len(parts.data.skipped) > NAMED else []),

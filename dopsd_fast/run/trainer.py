@@ -28,7 +28,7 @@ from dopsd_fast.families.build import build_pair
 from dopsd_fast.families.registry import open_family
 from dopsd_fast.memory.ledger import Machine
 from dopsd_fast.memory.planner import Plan, make_plan
-from dopsd_fast.method.objective import NonFiniteLoss, StepInputs, StepReport
+from dopsd_fast.method.objective import NonFiniteLoss, StepInputs, StepReport, shows_images
 from dopsd_fast.method.registry import make_objective
 from dopsd_fast.method.trajectory import draw_times, grid_shift
 from dopsd_fast.pair.lora import add_adapters, coverage_by_kind
@@ -163,7 +163,7 @@ class Trainer:
     def _check_model(self) -> dict[str, tuple[int, int]]:
         """What cannot work is found before anything is loaded: a needed part that is missing, a size that the model does not
         take, a LoRA target that matches nothing. The adapter's coverage, see `coverage_by_kind`."""
-        if self.shows_images:
+        if shows_images(self.objective):
             self.family.fingerprint("teacher", self.dtype)  # reads every file that the teacher's encoder needs
         for size in {(r.height, r.width) for r in self.data.records}:
             self.family.latent_shape(*size)
@@ -174,11 +174,6 @@ class Trainer:
         coverage = coverage_by_kind(model, targets, self.family.lora_kinds)
         add_adapters(model, targets, adapter.rank, adapter.alpha, 0, ["student"])
         return coverage
-
-    @property
-    def shows_images(self) -> bool:
-        """The teacher is shown the target images."""
-        return self.objective.needs_teacher and self.objective.teacher_sees == "image"
 
     def _batches(self, epoch: int) -> list[list[Item]]:
         s = self.settings
@@ -192,7 +187,7 @@ class Trainer:
                              barrier=self.consensus.agree, device=self.device, dtype=self.dtype,
                              progress=lambda keys: self.bar(keys, "conditioning", "context"))
         contexts = Contexts(cache, self.device)
-        contexts.require(self.data.records, s.data.prompt_keys, s.sample.prompts, self.shows_images,
+        contexts.require(self.data.records, s.data.prompt_keys, s.sample.prompts, shows_images(self.objective),
                          self.objective.needs_latents)
         self.consensus.compare(accounts.of_contexts(self.data, contexts.keys, contexts.fingerprints()))
         done = contexts.complete()
@@ -298,7 +293,7 @@ class Trainer:
             second = torch.stack([item_noise(seed, item, shape, "second noise") for item in items]).to(self.device)
         student = [self.contexts.get("student", item.prompt) for item in items]
         teacher = student if objective.needs_teacher else []
-        if self.shows_images:
+        if shows_images(self.objective):
             teacher = [self.contexts.get("teacher", item.record, item.prompt) for item in items]
         return StepInputs(
             noise=noise,
