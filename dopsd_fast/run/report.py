@@ -80,6 +80,8 @@ def first_screen(parts: RunParts) -> str:
         ("steps", f"{s.train.steps}, rate {s.train.learning_rate:g} ({s.train.schedule}, warm-up {s.train.warmup})"),
         ("runs on", f"{d['device']} ({d['backend']}), ZeRO {d['zero_stage']}, {d['precision']}, {d['threads']} threads, "
                     f"torch {d['torch']}, EMA {d['ema_backend']}"),
+        *([("left out", "deepspeed.config: ZeRO stage 0 runs without DeepSpeed, which would read it")]
+          if s.deepspeed.config and not s.deepspeed.stage else []),
         ("forward", f"{d['backbone']}, attention {d['attention']}"
                     + (f", activations {d['activations']}, ops {d['ops']}, fp8 {d['fp8']}" if "ops" in d else "")),
     ]
