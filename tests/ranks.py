@@ -2,7 +2,7 @@
 
 `run(world, cases, folder)` gives back, per case, what rank 0 reported: {"numbers": JSON, "tensors": {name: tensor}}. A case is
 a dict: "name", "do" (a function below, or "module:function"), and its settings (`make_settings`). The processes are
-those of `rank_processes`.
+forks of `tests/zygote.py`'s, which run this file as a script.
 """
 
 from __future__ import annotations
@@ -13,19 +13,40 @@ import importlib
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import torch
-from torch import nn
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
 
-from dopsd_fast.settings import Settings
-from tests.rank_processes import run as run
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from dopsd_fast.settings import Settings  # noqa: E402
+from tests import driving  # noqa: E402
 
 GLOBAL_BATCH = 8
 STEPS = 3
 SHAPE = (3, 4, 2)
+
+
+def run(world: int, cases: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cases.json").write_text(json.dumps(cases))
+    job = driving.start([str(folder)], world, script=Path(__file__)).succeed()
+    numbers = json.loads((folder / "numbers.json").read_text())
+    tensors: dict[str, dict[str, Any]] = {case["name"]: {} for case in cases}
+    for key, tensor in load_file(folder / "tensors.safetensors").items():
+        name, rest = key.split("//")
+        tensors[name][rest] = tensor
+    results = {name: SimpleNamespace(numbers=numbers[name], tensors=tensors[name]) for name in numbers}
+    return results | {"output": job.out + job.err}
 
 
 class Block(nn.Module):
@@ -424,3 +445,9 @@ def forget_near_ranks() -> None:
     from deepspeed.utils import groups
 
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)  # as train.py ends: nothing is left to take apart

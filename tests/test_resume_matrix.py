@@ -13,7 +13,7 @@ from dopsd_fast import checkpoints
 from dopsd_fast.errors import UserError
 from dopsd_fast.run_folder import _check_same
 from dopsd_fast.settings import load_settings
-from tests import resuming
+from tests import ranks, resuming
 
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 ARRANGEMENTS = {
@@ -44,16 +44,19 @@ def results() -> dict:
     saving, loading = {}, {}
     for variant, name in SAVED:
         world, settings = ARRANGEMENTS[name]
-        case = dict(name=f"{variant} {name}", do="train_and_save", folder=str(folder(variant, name)))
+        case = dict(name=f"{variant} {name}", do="tests.resuming:train_and_save", folder=str(folder(variant, name)))
         saving.setdefault(world, []).append(case | VARIANTS[variant] | settings)
     for variant, old, new in PAIRS:
         world, settings = ARRANGEMENTS[new]
-        case = dict(name=f"{variant} {old} {new}", do="load_and_save", folder=str(folder(variant, old)),
+        case = dict(name=f"{variant} {old} {new}", do="tests.resuming:load_and_save", folder=str(folder(variant, old)),
                     again=str(folder(variant, f"{old}-{new}")))  # fmt: skip
         loading.setdefault(world, []).append(case | VARIANTS[variant] | settings)
-    phases = [(f"save-{world}", world, cases) for world, cases in saving.items()]
-    phases += [(f"load-{world}", world, cases) for world, cases in loading.items()]
-    return {name: numbers for phase in resuming.run(phases, folder("run")).values() for name, numbers in phase.items()}
+    found: dict = {}
+    for phase, by_world in ("save", saving), ("load", loading):
+        for world, cases in by_world.items():
+            done = ranks.run(world, cases, folder("run", f"{phase}-{world}"))
+            found |= {case["name"]: done[case["name"]].numbers for case in cases}
+    return found
 
 
 @pytest.mark.parametrize("variant, old, new", PAIRS)
