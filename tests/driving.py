@@ -274,7 +274,7 @@ def _scratch() -> Path:
 
 class _Zygote:
     def __init__(self) -> None:
-        first = [words(data__path=str(data()), output__dir=str(_scratch() / f"first-{kind}"), adapter__kind=kind, train__steps=1)
+        first = [words(data__path=str(data()), output__dir=str(_scratch() / kind), adapter__kind=kind, train__steps=1)
                  for kind in ("full", "lora")]
         command = [sys.executable, str(Path(__file__).with_name("zygote.py")), json.dumps(first)]
         self.process = subprocess.Popen(command, env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

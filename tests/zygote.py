@@ -1,6 +1,6 @@
 """Starts programs in forks of a process that has their libraries loaded and has trained before: the same program, the same
-signals and files, in a second instead of ten. The script that `tests/driving.py` speaks to, one JSON object a line; its argument
-is JSON too: the settings of the runs that it begins with.
+signals and files, in a second instead of ten. The script that `tests/driving.py` speaks to, one JSON object a line; its
+argument is JSON too: the settings of the runs that it begins with.
 
     {"argv": [...], "env": {...}, "cwd": "...", "out": "...", "err": "..."}  ->  {"pid": ...}
         further, if wanted: "script": what to run instead of train.py; "file_bytes": the largest file it may write;
