@@ -126,7 +126,7 @@ def start(
     for rank in range(ranks):
         mine = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
         order = {"argv": settings, "cwd": str(cwd or folder), "file_bytes": file_bytes, "script": str(script),
-                 "out": str(folder / f"{rank}.out"), "err": str(folder / f"{rank}.err")}  # fmt: skip
+                 "out": str(folder / f"{rank}.out"), "err": str(folder / f"{rank}.err")}
         order |= (own or {}).get(rank, {})
         order["env"] = mine | order.get("env", {})
         job.pids.append(_zygote().ask(**order)["pid"])
@@ -140,7 +140,7 @@ def command(argv: list[str], cwd: Path | None = None, env: dict[str, str] | None
     with open(folder / "0.out", "w") as out, open(folder / "0.err", "w") as err:
         streams = dict(stdin=subprocess.DEVNULL, stdout=out, stderr=err)
         process = subprocess.Popen(argv, cwd=cwd or folder, env=_environment() | (env or {}), start_new_session=True,
-                                   **streams, **options)  # fmt: skip
+                                   **streams, **options)
     return Job([process.pid], folder, [process], [None])
 
 
@@ -244,7 +244,7 @@ def authors_jsonl(folder: Path, count: int = 4) -> Path:
         lines.append(json.dumps({
             "class_name": "cat", "local_path_list": [f"set/images/{i}.png"], "h*w": f"{size[1]}*{size[0]}",
             "short_en": f"cat {i}", "detailed_en": f"a cat number {i} in the [V] style", "short_zh": f"[V] 猫 {i}",
-        }))  # fmt: skip
+        }))
     file = folder / "set" / "data.jsonl"
     file.write_text("\n".join(lines) + "\n")
     return file

@@ -60,7 +60,7 @@ def times(row: Row, factor: float) -> list[Row]:
     ([LAUNCHES, replace(GATHERS, value=1.0), PEAK], ["worse: zero lora gathers_per_step: 1, before 0"], []),
     ([LAUNCHES, GATHERS], ["worse: memory lora@full_size peak_bytes is not counted any more"], []),
     ([*ROWS, replace(LAUNCHES, case="full")], ["worse: cost full launches_per_step is not in baseline.json: --update"], []),
-])  # fmt: skip
+])
 def test_what_is_worse(rows, bad, good):
     before, now = baseline.counts(ROWS), baseline.counts(rows)
     assert (baseline.worse(now, before), baseline.better(now, before)) == (bad, good)

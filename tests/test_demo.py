@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 def test_a_short_run_learns_the_style_and_keeps_the_old_domain(tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "dopsd_fast/train.py", f"output.dir={run}", "train.steps=30", "sample.every=0",
-               "checkpoint.every=0", "data.prompt_keys=['medium_en']"]  # fmt: skip
+               "checkpoint.every=0", "data.prompt_keys=['medium_en']"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     report = measure(run, count=48)

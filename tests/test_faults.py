@@ -34,7 +34,7 @@ STEPS = 20
 def settings(run: Path, kind: str = "full", **more) -> list[str]:
     """Contexts on disk beside the run, so that caching too is continued."""
     common = dict(data__path=str(data()), output__dir=str(run), resume="auto", conditioning__cache="disk", adapter__kind=kind,
-                  train__steps=STEPS, train__batch_size=1, checkpoint__every=3, sample__every=5)  # fmt: skip
+                  train__steps=STEPS, train__batch_size=1, checkpoint__every=3, sample__every=5)
     return words(**common | more)
 
 
@@ -239,7 +239,7 @@ def test_resume_refuses_other_numbers_and_takes_the_rest(tmp_path):
         "train__learning_rate": "2e-3", "train__seed": 1, "method__weight": "mu", "teacher__ema_decay": 0.75,
         "data__resolution": 32, "train__precision": "bf16", "train__schedule": "cosine", "train__batch_size": 2,
         "adapter__kind": "lora",
-    }.items():  # fmt: skip
+    }.items():
         line = start(settings(run, **{"train__steps": 3, name: value})).fail(str(run), "output.dir")
         assert name.replace("__", ".").replace("adapter.kind", "adapter.") in line
     assert "train.steps=2" in start(settings(run, train__steps=2)).fail("has done 3 steps")

@@ -34,7 +34,7 @@ def results() -> dict[tuple[int, Arrangement], dict[str, Any]]:
     jobs.append(Job(2, [STEP], model, counted=0, timed=0, call="tests.test_gathers:tamper"))
     found = zero.launch("cpu", jobs)
     return {(job.world if job.counted else 0, one): result
-            for job, several in zip(jobs, found) for one, result in zip(job.arrangements, several)}  # fmt: skip
+            for job, several in zip(jobs, found) for one, result in zip(job.arrangements, several)}
 
 
 def steady(world: int, one: Arrangement) -> dict[str, float]:

@@ -35,7 +35,7 @@ def context_cache(tmp_path_factory) -> Path:
 def train(run: Path, data: Path, cache: Path, **more) -> list[str]:
     common = dict(data__path=str(data), output__dir=str(run), resume="auto", data__resolution=64, train__steps=5,
                   train__batch_size=1, train__accumulation=1, checkpoint__every=2, conditioning__cache="disk",
-                  conditioning__folder=str(cache), conditioning__max_text_tokens=512)  # fmt: skip
+                  conditioning__folder=str(cache), conditioning__max_text_tokens=512)
     return words(**common | more)
 
 

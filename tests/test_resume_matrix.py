@@ -49,7 +49,7 @@ def results() -> dict:
     for variant, old, new in PAIRS:
         world, settings = ARRANGEMENTS[new]
         case = dict(name=f"{variant} {old} {new}", do="tests.resuming:load_and_save", folder=str(folder(variant, old)),
-                    again=str(folder(variant, f"{old}-{new}")))  # fmt: skip
+                    again=str(folder(variant, f"{old}-{new}")))
         loading.setdefault(world, []).append(case | VARIANTS[variant] | settings)
     found: dict = {}
     for phase, by_world in ("save", saving), ("load", loading):
@@ -100,7 +100,7 @@ def check(tmp_path: Path, before: list[str], now: list[str]) -> None:
     "deepspeed.config.zero_optimization.offload_optimizer.device=cpu", "method.backward=k_graphs",
     "deepspeed.config.zero_optimization.reduce_bucket_size=5",
     "deepspeed.config.zero_optimization.zero_quantized_gradients=false",
-])  # fmt: skip
+])
 def test_a_run_continues_in_another_arrangement(tmp_path: Path, change: str) -> None:
     check(tmp_path, ["nano_full"], ["nano_full", *change.split()])
     check(tmp_path, ["nano_full", *change.split()], ["nano_full"])
@@ -109,7 +109,7 @@ def test_a_run_continues_in_another_arrangement(tmp_path: Path, change: str) -> 
 @pytest.mark.parametrize("change", [
     "deepspeed.config.zero_optimization.zero_quantized_gradients=true", "train.precision=bf16", "teacher.kind=frozen",
     "deepspeed.config.gradient_predivide_factor=2.0", "train.grad_clip=0.5",
-])  # fmt: skip
+])
 def test_a_run_does_not_continue_with_other_numbers(tmp_path: Path, change: str) -> None:
     name = change.partition("=")[0]
     with pytest.raises(UserError, match=name):

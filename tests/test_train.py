@@ -18,7 +18,7 @@ from tests.driving import TRAIN, command, data, numbers, python, rows, start, wo
 
 PROMPT = "a cat number 0 in the [V] style"
 KEYS = {"step", "epoch", "loss", "state_losses", "grad_norm", "gap", "learning_rate", "samples_per_second",
-        "peak_memory_bytes", "seconds"}  # fmt: skip
+        "peak_memory_bytes", "seconds"}
 
 
 def transformer(folder: Path) -> dict[str, torch.Tensor]:
@@ -43,7 +43,7 @@ def as_told(job) -> Image.Image:
 def sample(pipeline, steps: int = 2, size: int = 16, **options) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(prompt=PROMPT, sigmas=[1 - i / steps for i in range(steps)], height=size, width=size, output_type="pt",
-                    generator=torch.Generator().manual_seed(0), max_sequence_length=48, **options).images  # fmt: skip
+                    generator=torch.Generator().manual_seed(0), max_sequence_length=48, **options).images
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def full(tmp_path_factory):
         data__path=str(data()), output__dir=str(run), train__steps=5, train__accumulation=2, train__batch_size=1,
         train__schedule="cosine", train__warmup=2, sample__every=2, sample__count=2, sample__prompts=["a dog"],
         checkpoint__every=1, checkpoint__keep=2, conditioning__cache="disk",
-    )  # fmt: skip
+    )
     return run, start(settings).succeed()
 
 
@@ -111,7 +111,7 @@ def test_export_is_a_pipeline_and_what_was_not_trained_is_linked(full):
         assert here.samefile(there) or here.read_bytes() == there.read_bytes()
     assert as_told(job).size == (16, 16)
     pictures = [sample(ZImagePipeline.from_pretrained(folder), guidance_scale=0.0)
-                for folder in (source, run / "export", run / "export_teacher")]  # fmt: skip
+                for folder in (source, run / "export", run / "export_teacher")]
     assert all(bool(picture.isfinite().all()) for picture in pictures)
     assert not torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[1], pictures[2])
 
@@ -250,7 +250,7 @@ def test_flux2_klein_trains_through_the_same_loop(kind, tmp_path):
         model__path=str(source), data__path=str(data()), output__dir=str(run), adapter__kind=kind, train__steps=12,
         data__resolution=32, conditioning__context="edit", teacher__kind="frozen", train__learning_rate=3e-3,
         checkpoint__every=0,
-    )  # fmt: skip
+    )
     job = start(settings).succeed()
     table = rows(run)
     assert len(table) == 12 and all(row["grad_norm"] > 0 for row in table)
@@ -271,7 +271,7 @@ def test_the_forward_is_recorded(full):
     recorded = json.loads((run / "environment.json").read_text())
     assert {key: recorded[key] for key in ("backbone", "activations", "fp8", "ops")} == {
         "backbone": "pair", "activations": "keep", "fp8": "off", "ops": "native",
-    }  # fmt: skip
+    }
     assert "cpu_flash" in recorded["attention"] and "forward  pair, attention cpu_flash" in job.out
 
 

@@ -52,7 +52,7 @@ def files_of(folder: Path) -> set[str]:
 def wheel(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", "--no-index", "--no-deps",
-               "--no-build-isolation", *UNOPTIMISED, "-w", str(out), str(ROOT)]  # fmt: skip
+               "--no-build-isolation", *UNOPTIMISED, "-w", str(out), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = out.glob("*.whl")
@@ -75,7 +75,7 @@ class Installed:
         places = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
         (self.packages / "dependencies.pth").write_text("\n".join(places) + "\n")
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(self.python), "install", "-q",
-                   "--no-index", "--no-deps", str(wheel)]  # fmt: skip
+                   "--no-index", "--no-deps", str(wheel)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         inside = tuple(str(ROOT / name) + "/" for name in ("dopsd_fast", "kernels", "bench", "tests"))
@@ -134,7 +134,7 @@ def test_a_run_from_an_empty_folder(installed):
     launcher = Path(sys.executable).parent / "deepspeed"
     options = ["--num_accelerators", "1", "--master_port", str(driving.free_port()), "--module", "dopsd_fast.train"]
     settings = ["nano_lora", "output.dir=out", "train.steps=2", "train.batch_size=1", "data.prompt_keys=['short_en']",
-                "sample.every=0", "sample.count=1", "sample.prompts=[]"]  # fmt: skip
+                "sample.every=0", "sample.count=1", "sample.prompts=[]"]
     job = installed.run(str(launcher), *options, *settings)
     out = installed.empty / "out"
     assert installed.loaded_native and "ops native" in job.out

@@ -35,7 +35,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, device: str = DEVICE
 def inputs(
     tokens: int, heads: int, head_dim: int, dtype: torch.dtype = torch.float32, device: str = DEVICE, norm: bool = True,
     extra: int = 0,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
     """(qkv, q_weight, k_weight, cos, sin); qkv a column slice of a tensor `extra` wider on either side."""
     columns = 3 * heads * head_dim
     qkv = random(tokens, columns + 2 * extra, dtype=dtype, device=device, seed=tokens)[:, extra : extra + columns]
@@ -186,7 +186,7 @@ def test_launches_are_declared() -> None:
                     qk_norm_rope_bwd, (*dy, *arguments, 2, EPS, True), 1 + norm,
                     (4 + 2 * norm) * row + 2 * angles + 2 * weights + 2 * partial,
                 ),
-            ):  # fmt: skip
+            ):
                 before = launch.count
                 with backend.forced("triton"):
                     out = op(*given)
