@@ -4,7 +4,6 @@ import email
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -113,20 +112,6 @@ def test_what_the_wheel_holds(wheel):
     assert metadata["License-Expression"] == "Apache-2.0" and metadata.get_all("License-File") == ["LICENSE"]
     assert not [text for text in metadata.get_all("Classifier") if text.startswith("License")]
     assert metadata["Project-URL"] == "Paper, https://arxiv.org/abs/2605.05204"
-
-
-def test_the_archive_of_sources_holds_what_builds_the_wheel(tmp_path):
-    code = f"from scikit_build_core.build import build_sdist; build_sdist({str(tmp_path)!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
-    (file,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(file) as archive:
-        names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
-    assert {"pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md"} <= names
-    for part, folder in (("dopsd_fast", ROOT / "dopsd_fast"), ("kernels/dopsd_kernels", PARTS["dopsd_kernels"])):
-        assert {f"{part}/{name}" for name in files_of(folder)} <= names
-    csrc = PARTS["dopsd_kernels"] / "csrc"
-    assert {f"kernels/dopsd_kernels/csrc/{path.name}" for path in csrc.iterdir() if path.is_file()} <= names
-    assert not [name for name in names if name.split("/")[0] in ("tests", "bench", "runs", ".ci")]
 
 
 def test_a_run_from_an_empty_folder(installed):
