@@ -112,10 +112,11 @@ def start(
     cwd: Path | None = None,
     file_bytes: int = 0,
     env: dict | None = None,
-    script: Path = TRAIN,
+    script: Path | str = TRAIN,
     own: dict[int, dict[str, Any]] | None = None,
 ) -> Job:
-    """Runs train.py (or another script) once per rank in a fork of the zygote, each in a session of its own.
+    """Runs train.py (or another script, or "module:function") once per rank in a fork of the zygote, each in a session of its
+    own.
 
     own: what one rank has otherwise, by rank: "argv" (its settings), "env" (more of it), "file_bytes", "delay" in seconds."""
     folder = Path(tempfile.mkdtemp(dir=_scratch()))

@@ -2,7 +2,7 @@
 
 `run(world, cases, folder)` gives back, per case, what rank 0 reported: {"numbers": JSON, "tensors": {name: tensor}}. A case is
 a dict: "name", "do" (a function below, or "module:function"), and its settings (`make_settings`). The processes are
-forks of `tests/zygote.py`'s, which run this file as a script.
+forks of `tests/zygote.py`'s.
 """
 
 from __future__ import annotations
@@ -13,21 +13,16 @@ import importlib
 import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
+import torch
+from torch import nn
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-
-from dopsd_fast.settings import Settings  # noqa: E402
-from tests import driving  # noqa: E402
+from dopsd_fast.settings import Settings
+from tests import driving
 
 GLOBAL_BATCH = 8
 STEPS = 3
@@ -39,7 +34,7 @@ def run(world: int, cases: list[dict[str, Any]], folder: Path) -> dict[str, Any]
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
-    job = driving.start([str(folder)], world, script=Path(__file__)).succeed()
+    job = driving.start([str(folder)], world, script="tests.ranks:main").succeed()
     numbers = json.loads((folder / "numbers.json").read_text())
     tensors: dict[str, dict[str, Any]] = {case["name"]: {} for case in cases}
     for key, tensor in load_file(folder / "tensors.safetensors").items():
@@ -419,9 +414,11 @@ def failing_rank(rig: Rig) -> None:
     rig.numbers["extra"] = checkpoints.read_extra(checkpoints.latest(folder))
 
 
-def main(folder: Path) -> None:
+def main(name: str) -> None:
+    """One rank: all cases of the folder."""
     from safetensors.torch import save_file
 
+    folder = Path(name)
     torch.set_num_threads(1)
     numbers, tensors = {}, {}
     for case in json.loads((folder / "cases.json").read_text()):
@@ -445,9 +442,3 @@ def forget_near_ranks() -> None:
     from deepspeed.utils import groups
 
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    sys.stdout.flush()
-    os._exit(0)  # as train.py ends: nothing is left to take apart

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +17,19 @@ from bench.cases.collectives import Collectives, Unaccounted
 from bench.cases.zero import Job
 from bench.models import Model
 from bench.peers.reference_eager import ZIMAGE_TARGETS
-from tests import tiny
+from tests import driving, tiny
 
 SWEEP, STEP, UNIT = (Arrangement(f"full/{gather}", gather=gather) for gather in ("sweep", "step", "unit"))
 STAGE_2, LORA, PLAIN = Arrangement("full/stage2", stage=2), Arrangement("lora", "lora"), Arrangement("full", plain=True)
 RUN = {2: [SWEEP, STEP, UNIT, STAGE_2, LORA, PLAIN], 4: [SWEEP, STEP, LORA, PLAIN]}
 WORLDS = pytest.mark.parametrize("world", RUN)
 ALL = [pytest.param(one, world, id=f"{one.case}-{one.variant}-{world}") for world, made in RUN.items() for one in made]
+
+
+def forked(call: str, arguments: list[str], log: Path, environment: dict[str, str]) -> str:
+    """As `bench.forks.apart`, in a fork of the process that the tests' runs are started by."""
+    driving.start(arguments, script=call, env=environment).succeed()
+    return ""
 
 
 @functools.cache
@@ -32,7 +39,9 @@ def results() -> dict[tuple[int, Arrangement], dict[str, Any]]:
     jobs = [Job(2, ours, model, counted=2, timed=0), Job(2, [PLAIN], model, counted=1, timed=0)]
     jobs.append(Job(4, RUN[4], model, counted=1, timed=0))
     jobs.append(Job(2, [STEP], model, counted=0, timed=0, call="tests.test_gathers:tamper"))
-    found = zero.launch("cpu", jobs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zero, "apart", forked)
+        found = zero.launch("cpu", jobs)
     return {(job.world if job.counted else 0, one): result
             for job, several in zip(jobs, found) for one, result in zip(job.arrangements, several)}
 

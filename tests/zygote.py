@@ -3,8 +3,8 @@ signals and files, in a second instead of ten. The script that `tests/driving.py
 argument is JSON too: the settings of the runs that it begins with.
 
     {"argv": [...], "env": {...}, "cwd": "...", "out": "...", "err": "..."}  ->  {"pid": ...}
-        further, if wanted: "script": what to run instead of train.py; "file_bytes": the largest file it may write;
-        "delay": seconds until it begins
+        further, if wanted: "script": what to run instead of train.py, a file or "module:function" (given the words of argv);
+        "file_bytes": the largest file it may write; "delay": seconds until it begins
     {"poll": pid}  ->  {"code": null while it runs, else the exit code, -N for signal N}
 """
 
@@ -50,8 +50,13 @@ def serve() -> None:
             pid = os.fork()
             if pid == 0:
                 become(order)
-                runpy.run_path(sys.argv[0], run_name="__main__")
-                return
+                module, _, function = sys.argv[0].partition(":")
+                if not function:
+                    runpy.run_path(module, run_name="__main__")
+                    return
+                getattr(importlib.import_module(module), function)(*sys.argv[1:])
+                sys.stdout.flush()
+                os._exit(0)  # as train.py ends: nothing is left to take apart
             answer = {"pid": pid}
         print(json.dumps(answer), flush=True)
 
@@ -111,7 +116,8 @@ def become(order: dict) -> None:
     time.sleep(order.get("delay", 0))
     script = order.get("script", str(TRAIN))
     sys.argv = [script, *order["argv"]]
-    sys.path[0] = str(Path(script).parent)
+    if ":" not in script:
+        sys.path[0] = str(Path(script).parent)
 
 
 if __name__ == "__main__":
