@@ -115,9 +115,10 @@ def test_what_the_wheel_holds(wheel):
 
 
 def test_a_run_from_an_empty_folder(installed):
-    """`deepspeed --module dopsd_fast.train` on the embedded pipeline and data, by a recipe; no host is looked up."""
+    """`deepspeed --module dopsd_fast.train` on 2 ranks, with the embedded pipeline and data, by a recipe; no host is looked
+    up."""
     launcher = Path(sys.executable).parent / "deepspeed"
-    options = ["--num_accelerators", "1", "--master_port", str(driving.free_port()), "--module", "dopsd_fast.train"]
+    options = ["--num_accelerators", "2", "--master_port", str(driving.free_port()), "--module", "dopsd_fast.train"]
     settings = ["nano_lora", "output.dir=out", "train.steps=2", "train.batch_size=1", "data.prompt_keys=['short_en']",
                 "sample.every=0", "sample.count=1", "sample.prompts=[]"]
     job = installed.run(str(launcher), *options, *settings)
