@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,12 +25,6 @@ WORLDS = pytest.mark.parametrize("world", RUN)
 ALL = [pytest.param(one, world, id=f"{one.case}-{one.variant}-{world}") for world, made in RUN.items() for one in made]
 
 
-def forked(call: str, arguments: list[str], log: Path, environment: dict[str, str]) -> str:
-    """As `bench.forks.apart`, in a fork of the process that the tests' runs are started by."""
-    driving.start(arguments, script=call, env=environment).succeed()
-    return ""
-
-
 @functools.cache
 def results() -> dict[tuple[int, Arrangement], dict[str, Any]]:
     ours = [one for one in RUN[2] if one != PLAIN]
@@ -40,7 +33,7 @@ def results() -> dict[tuple[int, Arrangement], dict[str, Any]]:
     jobs.append(Job(4, RUN[4], model, counted=1, timed=0))
     jobs.append(Job(2, [STEP], model, counted=0, timed=0, call="tests.test_gathers:tamper"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zero, "apart", forked)
+        patch.setattr(zero, "apart", driving.apart)
         found = zero.launch("cpu", jobs)
     return {(job.world if job.counted else 0, one): result
             for job, several in zip(jobs, found) for one, result in zip(job.arrangements, several)}
