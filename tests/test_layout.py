@@ -100,9 +100,12 @@ def test_no_long_file():
 @pytest.mark.parametrize("reason, code", [("needs GPU: none here", 0), ("could not be bothered", 1)])
 def test_a_skip_by_mistake_fails_the_session_in_ci(tmp_path, reason, code):
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    # The only library that it imports, and one that takes seconds.
+    (tmp_path / "torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: False)\n")
     (tmp_path / "test_it.py").write_text(f"import pytest\ndef test_a(): pass\ndef test_b(): pytest.skip({reason!r})\n")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "1", str(tmp_path)]
-    done = subprocess.run(command, env={**os.environ, "CI": "true"}, cwd=tmp_path, capture_output=True, text=True)
+    environment = {**os.environ, "CI": "true", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
     assert ("skipped by mistake" in done.stderr) == (code == 1)
 

@@ -39,10 +39,10 @@ def train(run: Path, data: Path, cache: Path, **more) -> list[str]:
     return words(**common | more)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("kind", "ranks"), [("full", 1), ("lora", 2)])
 def test_the_authors_set_trains_as_it_is(kind, ranks, context_cache, tmp_path):
-    """Whole; and killed once, stopped once and continued: the same numbers and weights, from the file or from its folder."""
+    """Whole; and killed once, stopped once and continued: the same numbers and weights, from the file or from its folder. The
+    other two pairs of kind and ranks are below, with a set of that format."""
     needs_corgi()
     whole, run = tmp_path / "whole", tmp_path / "run"
     job = start(train(whole, CORGI / "data.jsonl", context_cache, adapter__kind=kind), ranks).succeed()
