@@ -119,8 +119,8 @@ def test_a_run_from_an_empty_folder(installed):
     up."""
     launcher = Path(sys.executable).parent / "deepspeed"
     options = ["--num_accelerators", "2", "--master_port", str(driving.free_port()), "--module", "dopsd_fast.train"]
-    settings = ["nano_lora", "output.dir=out", "train.steps=2", "train.batch_size=1", "data.prompt_keys=['short_en']",
-                "sample.every=0", "sample.count=1", "sample.prompts=[]"]
+    settings = ["nano_lora", "output.dir=out", "train.steps=2", "train.threads=1", "train.batch_size=1",
+                "data.prompt_keys=['short_en']", "sample.every=0", "sample.count=1", "sample.prompts=[]"]
     job = installed.run(str(launcher), *options, *settings)
     out = installed.empty / "out"
     assert installed.loaded_native and "ops native" in job.out
