@@ -65,17 +65,20 @@ def train(runs: list[list[str]]) -> None:
     """Short runs in this process, by their settings: what is made at first use (modules, regular expressions, oneDNN's kernels)
     is nine tenths of the time of a short run, and every fork finds it made.
 
-    Two things of a run do not survive a fork, and are not left behind: threads of OpenMP (`train.threads=1` starts none), and
-    the process group, to which DeepSpeed keeps two references of its own."""
+    Three things of a run do not survive a fork, and are not left behind: threads of OpenMP (`train.threads=1` starts none), the
+    thread that watches over progress bars, and the process group, to which DeepSpeed keeps two references of its own."""
     import deepspeed
     import torch
+    from tqdm import tqdm
 
     main = runpy.run_path(str(TRAIN))["main"]
+    interval, tqdm.monitor_interval = tqdm.monitor_interval, 0
     with as_before():
         for settings in runs:
             assert main(settings) == 0
         torch.distributed.destroy_process_group()
         deepspeed.comm.comm.cdb = deepspeed.utils.groups._WORLD_GROUP = None
+    tqdm.monitor_interval = interval
 
 
 @contextlib.contextmanager
