@@ -1,7 +1,9 @@
-"""Shared set-up of the test session."""
+"""Shared set-up of the test session, and `--fast`."""
 
+import ast
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,52 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         print(f"\nskipped by mistake: {node}: {reason!r} starts with none of {ALLOWED}", file=sys.stderr)
     if wrong:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+# ---- --fast ----------------------------------------------------------------------------------------------------------
+
+WHOLE = ("subprocess", "multiprocessing", "bench", "dopsd_fast.nano", "tests.driving", "tests.ranks")
+"""What a file of tests imports that starts processes, trains or measures. `--fast` leaves such files out."""
+STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
+
+_running: list[str] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="only the files whose tests start no process and train nothing")
+
+
+def is_whole(file: Path) -> bool:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return any(f"{name}.".startswith(f"{whole}.") for name in names for whole in WHOLE)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    fast = config.getoption("fast") and collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    return True if fast and is_whole(collection_path) else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A fast test that starts a process fails, and one that makes a process group, which every training run begins with."""
+    if config.getoption("fast"):
+        sys.addaudithook(lambda event, _: _refuse(event) if event in STARTS else None)
+        torch.distributed.init_process_group = lambda *_, **__: _refuse("a process group")
+
+
+def _refuse(what: str) -> None:
+    if _running:
+        raise RuntimeError(f"{what} in {_running[-1]}, a test of `make test-fast`: import what starts it in the test's file")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    _running.append(item.nodeid)
+    try:
+        return (yield)
+    finally:
+        _running.pop()

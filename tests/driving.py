@@ -27,12 +27,13 @@ PATIENCE = 420.0
 """Seconds after which a run counts as hanging; an ordinary one takes a few."""
 
 TINY = {
-    "data.resolution": "16", "train.steps": "4", "train.schedule": "constant", "train.batch_size": "2",
+    "data.resolution": "16", "train.steps": "4", "train.schedule": "constant", "train.batch_size": "2", "train.threads": "1",
     "train.learning_rate": "1e-3", "teacher.ema_decay": "0.5",
     "adapter.rank": "2", "adapter.alpha": "4", "conditioning.max_text_tokens": "48",
     "sample.every": "0", "sample.prompts": "[]", "sample.steps": "2", "sample.count": "1", "checkpoint.every": "1",
-}  # fmt: skip
-"""What every run here is given unless it says otherwise. adapter.* is added where adapter.kind=lora."""
+}
+"""What every run here is given unless it says otherwise. adapter.* is added where adapter.kind=lora. One thread: the two of the
+recipe wait for each other longer than they work on matrices as small as these."""
 
 SAME_NUMBERS = ("step", "epoch", "loss", "state_losses", "grad_norm", "gap", "learning_rate")
 """The keys of a row of metrics that do not depend on the clock."""
@@ -111,10 +112,11 @@ def start(
     cwd: Path | None = None,
     file_bytes: int = 0,
     env: dict | None = None,
-    script: Path = TRAIN,
+    script: Path | str = TRAIN,
     own: dict[int, dict[str, Any]] | None = None,
 ) -> Job:
-    """Runs train.py (or another script) once per rank in a fork of the zygote, each in a session of its own.
+    """Runs train.py (or another script, or "module:function") once per rank in a fork of the zygote, each in a session of its
+    own.
 
     own: what one rank has otherwise, by rank: "argv" (its settings), "env" (more of it), "file_bytes", "delay" in seconds."""
     folder = Path(tempfile.mkdtemp(dir=_scratch()))
@@ -125,12 +127,18 @@ def start(
     for rank in range(ranks):
         mine = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
         order = {"argv": settings, "cwd": str(cwd or folder), "file_bytes": file_bytes, "script": str(script),
-                 "out": str(folder / f"{rank}.out"), "err": str(folder / f"{rank}.err")}  # fmt: skip
+                 "out": str(folder / f"{rank}.out"), "err": str(folder / f"{rank}.err")}
         order |= (own or {}).get(rank, {})
         order["env"] = mine | order.get("env", {})
         job.pids.append(_zygote().ask(**order)["pid"])
         job.codes.append(None)
     return job
+
+
+def apart(call: str, arguments: list[str], log: Path, environment: dict[str, str]) -> str:
+    """In place of `bench.forks.apart`: in a fork of the zygote."""
+    start(arguments, script=call, env=environment).succeed()
+    return ""
 
 
 def command(argv: list[str], cwd: Path | None = None, env: dict[str, str] | None = None, **options: Any) -> Job:
@@ -139,7 +147,7 @@ def command(argv: list[str], cwd: Path | None = None, env: dict[str, str] | None
     with open(folder / "0.out", "w") as out, open(folder / "0.err", "w") as err:
         streams = dict(stdin=subprocess.DEVNULL, stdout=out, stderr=err)
         process = subprocess.Popen(argv, cwd=cwd or folder, env=_environment() | (env or {}), start_new_session=True,
-                                   **streams, **options)  # fmt: skip
+                                   **streams, **options)
     return Job([process.pid], folder, [process], [None])
 
 
@@ -243,7 +251,7 @@ def authors_jsonl(folder: Path, count: int = 4) -> Path:
         lines.append(json.dumps({
             "class_name": "cat", "local_path_list": [f"set/images/{i}.png"], "h*w": f"{size[1]}*{size[0]}",
             "short_en": f"cat {i}", "detailed_en": f"a cat number {i} in the [V] style", "short_zh": f"[V] 猫 {i}",
-        }))  # fmt: skip
+        }))
     file = folder / "set" / "data.jsonl"
     file.write_text("\n".join(lines) + "\n")
     return file
@@ -273,8 +281,10 @@ def _scratch() -> Path:
 
 class _Zygote:
     def __init__(self) -> None:
-        self.process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("zygote.py"))], env=_environment(),
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+        first = [words(data__path=str(data()), output__dir=str(_scratch() / kind), adapter__kind=kind, train__steps=1)
+                 for kind in ("full", "lora")]
+        command = [sys.executable, str(Path(__file__).with_name("zygote.py")), json.dumps(first)]
+        self.process = subprocess.Popen(command, env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         atexit.register(self.process.kill)
 
     def ask(self, **order: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 `run(world, cases, folder)` gives back, per case, what rank 0 reported: {"numbers": JSON, "tensors": {name: tensor}}. A case is
 a dict: "name", "do" (a function below, or "module:function"), and its settings (`make_settings`). The processes are
-those of `rank_processes`.
+forks of `tests/zygote.py`'s.
 """
 
 from __future__ import annotations
@@ -15,17 +15,33 @@ import math
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
 from dopsd_fast.settings.schema import Settings
-from tests.rank_processes import run as run
+from tests import driving
 
 GLOBAL_BATCH = 8
 STEPS = 3
 SHAPE = (3, 4, 2)
+
+
+def run(world: int, cases: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cases.json").write_text(json.dumps(cases))
+    job = driving.start([str(folder)], world, script="tests.ranks:main").succeed()
+    numbers = json.loads((folder / "numbers.json").read_text())
+    tensors: dict[str, dict[str, Any]] = {case["name"]: {} for case in cases}
+    for key, tensor in load_file(folder / "tensors.safetensors").items():
+        name, rest = key.split("//")
+        tensors[name][rest] = tensor
+    results = {name: SimpleNamespace(numbers=numbers[name], tensors=tensors[name]) for name in numbers}
+    return results | {"output": job.out + job.err}
 
 
 class Block(nn.Module):
@@ -399,9 +415,11 @@ def failing_rank(rig: Rig) -> None:
     rig.numbers["extra"] = checkpoints.read_extra(checkpoints.latest(folder))
 
 
-def main(folder: Path) -> None:
+def main(name: str) -> None:
+    """One rank: all cases of the folder."""
     from safetensors.torch import save_file
 
+    folder = Path(name)
     torch.set_num_threads(1)
     numbers, tensors = {}, {}
     for case in json.loads((folder / "cases.json").read_text()):

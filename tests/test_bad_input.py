@@ -140,7 +140,7 @@ def test_model_folders(tmp_path):
         line = refuse(tmp_path, str(folder), part.removesuffix(".json"), model__path=str(folder), ranks=1 + (part == "vlm"))
         assert "vlm_path" in line or part != "vlm"
     start(words(model__path=str(tmp_path / "without_vlm"), data__path=str(data()), output__dir=str(tmp_path / "sft"),
-                method__name="sft", **SHORT)).succeed()  # fmt: skip
+                method__name="sft", **SHORT)).succeed()
 
 
 def test_model_files(tmp_path):
@@ -164,7 +164,7 @@ def test_vision_language_model_that_does_not_match(tmp_path):
     for name in ("deeper", "wider"):
         for ranks in (1, 2):
             refuse(tmp_path, str(tmp_path / name), "language weights do not match", conditioning__vlm_path=str(tmp_path / name),
-                   conditioning__cache="disk", ranks=ranks)  # fmt: skip
+                   conditioning__cache="disk", ranks=ranks)
     refuse(tmp_path, "qwen3_vl", conditioning__vlm_path=str(tiny.shared("zimage") / "text_encoder"))
     refuse(tmp_path, "no vision-language model at", conditioning__vlm_path=str(tmp_path / "none"))
     refuse(tmp_path, "max_vlm_tokens", conditioning__max_vlm_tokens=4)
@@ -261,7 +261,7 @@ def test_a_run_that_cannot_fit_is_refused(monkeypatch, capsys):
     from dopsd_fast.settings.load import load_settings
 
     asked = SimpleNamespace(settings=load_settings(["train.batch_size=64", "deepspeed.stage=0"]), world=1, local_world=1,
-                            device=torch.device("cpu"), say=print)  # fmt: skip
+                            device=torch.device("cpu"), say=print)
     asked.family = open_family(asked.settings.model.folder, asked.settings.conditioning, "auto")
     monkeypatch.setattr(trainer.Machine, "here", lambda *_: trainer.Machine(1, 1, None, 2_000_000_000, "cpu"))
     with pytest.raises(UserError, match="does not fit the memory of this machine: it would with train.activations=") as caught:

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from bench import baseline
-from bench.cases import cost
+from bench.cases import cost, zero
 from bench.results import Row, failed
 from dopsd_fast.errors import UserError
+from tests import driving
 
 LAUNCHES = Row("cost", "lora", "ours", "launches_per_step", 5000.0, "")
 GATHERS = Row("zero", "lora", "ours", "gathers_per_step", 0.0, "")
@@ -18,7 +19,9 @@ ROWS = [LAUNCHES, GATHERS, PEAK]
 
 @pytest.fixture(scope="module")
 def counted():
-    return baseline.counts(baseline.measure())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zero, "apart", driving.apart)
+        return baseline.counts(baseline.measure())
 
 
 def test_no_count_is_worse(counted):
@@ -60,7 +63,7 @@ def times(row: Row, factor: float) -> list[Row]:
     ([LAUNCHES, replace(GATHERS, value=1.0), PEAK], ["worse: zero lora gathers_per_step: 1, before 0"], []),
     ([LAUNCHES, GATHERS], ["worse: memory lora@full_size peak_bytes is not counted any more"], []),
     ([*ROWS, replace(LAUNCHES, case="full")], ["worse: cost full launches_per_step is not in baseline.json: --update"], []),
-])  # fmt: skip
+])
 def test_what_is_worse(rows, bad, good):
     before, now = baseline.counts(ROWS), baseline.counts(rows)
     assert (baseline.worse(now, before), baseline.better(now, before)) == (bad, good)

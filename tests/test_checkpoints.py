@@ -37,7 +37,7 @@ ELSEWHERE = {
     "full-0": dict(stage=3), "full-2": dict(stage=0), "full-3": dict(stage=2), "lora-0": dict(stage=2, adapter="lora"),
     "lora-3": dict(stage=0, adapter="lora"), "full-bf16-3": dict(stage=2, precision="bf16"),
     "full-bf16-0": dict(stage=3, precision="bf16"), "lora-2": dict(stage=3, adapter="lora"),
-}  # fmt: skip
+}
 ALONE = [case for case in SAVED if case["name"] in ELSEWHERE]
 
 
@@ -225,7 +225,7 @@ def test_incomplete_ones_are_ignored(tmp_path: Path, damage: str) -> None:
     assert checkpoints.latest(tmp_path) == good
     assert checkpoints.load(tmp_path, Engine()) == {"n": 1}
     named = {"missing file": "rank-0000.safetensors is missing", "short file": r"rank-0000.safetensors has \d+ of \d+ bytes",
-             "no state": "state.json is missing", "older format": "state.json is of format 0"}  # fmt: skip
+             "no state": "state.json is missing", "older format": "state.json is of format 0"}
     for read in (checkpoints.read_extra, lambda path: checkpoints.load(path, Engine())):
         with pytest.raises(UserError, match=named.get(damage, "state.json is damaged")) as error:
             read(bad)
@@ -308,7 +308,7 @@ def test_files_of_other_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
     content = second.read_bytes()
     lone = (later / second.name).read_bytes().replace(b'"step":"2"', b'"step":"1"').replace(b'"world":"2"', b'"world":"4"')
     for other, why in (((later / second.name).read_bytes(), "it is of step 2, not 1"),
-                       (first.read_bytes(), "it is of rank 0, not 1"), (lone, "it is of world 4, not 2")):  # fmt: skip
+                       (first.read_bytes(), "it is of rank 0, not 1"), (lone, "it is of world 4, not 2")):
         second.write_bytes(other)
         state = json.loads((path / "state.json").read_text())
         state["files"][second.name] = len(other)

@@ -223,7 +223,7 @@ def test_a_folder_that_is_not_empty(full, tmp_path, capsys):
     assert "something else than an export" in fail(capsys, full, other, "--overwrite")
     assert "is a file" in fail(capsys, full, other / "thesis.tex", "--overwrite")
     for inside in (full, full / "checkpoints", full / "checkpoints" / "step-000002" / "x", full.parent,
-                   tiny.shared("zimage"), tiny.shared("zimage") / "x", tiny.shared("zimage").parent):  # fmt: skip
+                   tiny.shared("zimage"), tiny.shared("zimage") / "x", tiny.shared("zimage").parent):
         assert "lie inside each other" in fail(capsys, full, inside, "--overwrite")
     assert contents(other) == {"thesis.tex": b"years"}
     for beside in (tmp_path / "precious.tmp", tmp_path / "precious.old"):

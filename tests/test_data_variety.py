@@ -353,7 +353,7 @@ def test_the_first_screen_says_how_the_set_was_read(tmp_path):
     screen = lines[: next(i for i, line in enumerate(lines) if line.startswith("plan:"))]
     shown = "\n".join(" ".join(line.split()) for line in screen)
     for part in ("prompts column short_en; no prompts: style", "576*1344 stated", "left out", "broken.png is empty",
-                 "1 record(s) have several pictures (1.png)"):  # fmt: skip
+                 "1 record(s) have several pictures (1.png)"):
         assert part in shown, part
     assert (run / "samples" / "step-000001.png").is_file()
     begun = json.loads((run / "data.json").read_text())["records"]

@@ -1,20 +1,13 @@
 """What the demonstration promises, at a fraction of its length: the style is learned, the old domain is kept."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 from dopsd_fast.nano.report import measure
-
-ROOT = Path(__file__).parents[1]
+from tests.driving import start
 
 
 def test_a_short_run_learns_the_style_and_keeps_the_old_domain(tmp_path):
     run = tmp_path / "run"
-    command = [sys.executable, "dopsd_fast/train.py", f"output.dir={run}", "train.steps=30", "sample.every=0",
-               "checkpoint.every=0", "data.prompt_keys=['medium_en']"]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    start([f"output.dir={run}", "train.steps=30", "train.threads=1", "sample.every=0", "checkpoint.every=0",
+           "data.prompt_keys=['medium_en']"]).succeed()
     report = measure(run, count=48)
     assert (run / "demo.png").stat().st_size > 0
     # 30 of the recipe's 50 steps on 48 captions; docs/results.md has the full run's figures. The palette's distance is asserted

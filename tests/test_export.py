@@ -342,7 +342,7 @@ def pixels(pipeline):
     pipeline.set_progress_bar_config(disable=True)
     options = {} if type(pipeline).__name__.startswith("ZImage") else {"text_encoder_out_layers": (9, 18, 27)}
     image = pipeline(prompt="a cat", height=32, width=32, num_inference_steps=2, sigmas=[1.0, 0.5], guidance_scale=0.0,
-                     max_sequence_length=32, generator=torch.Generator().manual_seed(0), **options).images[0]  # fmt: skip
+                     max_sequence_length=32, generator=torch.Generator().manual_seed(0), **options).images[0]
     return np.asarray(image, dtype=int)
 
 
@@ -362,12 +362,12 @@ def test_lora_draws_the_same_picture_in_every_program(lora, tmp_path):
     with_diffusers = pipeline()
     with_diffusers.load_lora_weights(folder)
     merged = {name: pipeline(lambda transformer, name=name: plain_reader(transformer, folder / name))
-              for name in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")}  # fmt: skip
+              for name in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")}
     merged["peft"] = pipeline(lambda transformer: PeftModel.from_pretrained(transformer, folder).merge_and_unload())
     for found in (with_diffusers, *merged.values()):
         assert np.abs(pixels(found) - trained).max() <= 1
     halved = {name: tensor / 2 if ".lora_B." in name else tensor
-              for name, tensor in load_file(folder / "adapter_model.safetensors").items()}  # fmt: skip
+              for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
     save_file(halved, tmp_path / "half.safetensors")
     half = pipeline(lambda transformer: plain_reader(transformer, tmp_path / "half.safetensors"))
     assert np.abs(pixels(half) - trained).max() > 4

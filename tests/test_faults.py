@@ -34,7 +34,7 @@ STEPS = 20
 def settings(run: Path, kind: str = "full", **more) -> list[str]:
     """Contexts on disk beside the run, so that caching too is continued."""
     common = dict(data__path=str(data()), output__dir=str(run), resume="auto", conditioning__cache="disk", adapter__kind=kind,
-                  train__steps=STEPS, train__batch_size=1, checkpoint__every=3, sample__every=5)  # fmt: skip
+                  train__steps=STEPS, train__batch_size=1, checkpoint__every=3, sample__every=5)
     return words(**common | more)
 
 
@@ -64,8 +64,9 @@ def assert_continued(run: Path, reference: Path) -> None:
 # ---- SIGKILL -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks, kind, seed", [(1, "full", 0), (1, "lora", 1), (2, "lora", 2)])
+@pytest.mark.parametrize("ranks, kind, seed", [(1, "lora", 1), (2, "lora", 2)])
 def test_killed_at_random_moments(ranks, kind, seed, whole, tmp_path):
+    """With LoRA; full fine-tuning is killed at the chosen moments below."""
     reference, seconds = whole(ranks, kind)
     run, rng = tmp_path / "run", random.Random(seed)
     for _ in range(4):
@@ -177,7 +178,8 @@ def test_ctrl_c_before_the_first_step_is_one_line(tmp_path):
 
 def test_signals_to_the_launcher(whole, tmp_path):
     """`deepspeed` runs a launcher that runs the ranks. One run on 2 ranks: SIGTERM to `deepspeed` alone (which dies and tells
-    nobody), Ctrl-C in the terminal (all processes at once), then left in peace."""
+    nobody), Ctrl-C in the terminal (all processes at once), then continued without it; `tests/test_wheel.py` has a run under
+    `deepspeed` that nothing disturbs."""
     run, last = tmp_path / "run", 0
     for send, number in ((os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)):
         job = deepspeed(settings(run), 2)
@@ -189,7 +191,7 @@ def test_signals_to_the_launcher(whole, tmp_path):
         wait_gone(below)
         assert job.codes != [0]
         last = assert_stopped(run, job, last + 1)
-    deepspeed(settings(run), 2).succeed()
+    start(settings(run), 2).succeed()
     assert_continued(run, whole(2, "full")[0])
 
 
@@ -239,7 +241,7 @@ def test_resume_refuses_other_numbers_and_takes_the_rest(tmp_path):
         "train__learning_rate": "2e-3", "train__seed": 1, "method__weight": "mu", "teacher__ema_decay": 0.75,
         "data__resolution": 32, "train__precision": "bf16", "train__schedule": "cosine", "train__batch_size": 2,
         "adapter__kind": "lora",
-    }.items():  # fmt: skip
+    }.items():
         line = start(settings(run, **{"train__steps": 3, name: value})).fail(str(run), "output.dir")
         assert name.replace("__", ".").replace("adapter.kind", "adapter.") in line
     assert "train.steps=2" in start(settings(run, train__steps=2)).fail("has done 3 steps")

@@ -92,7 +92,7 @@ def test_rollout_is_the_pipeline(family, encoders, transformer, pipeline, refere
     call = dict(
         image=images or None, prompt=PROMPTS[1], height=64, width=80, num_inference_steps=4, guidance_scale=1.0,
         latents=noise, max_sequence_length=48,
-    )  # fmt: skip
+    )
     vae = family.load_vae()
     latent = pipeline(output_type="latent", **call).images
     torch.testing.assert_close(family._to_vae(vae, x), latent, rtol=0, atol=5e-5)

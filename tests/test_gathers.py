@@ -16,7 +16,7 @@ from bench.cases.collectives import Collectives, Unaccounted
 from bench.cases.zero import Job
 from bench.models import Model
 from bench.peers.reference_eager import ZIMAGE_TARGETS
-from tests import tiny
+from tests import driving, tiny
 
 SWEEP, STEP, UNIT = (Arrangement(f"full/{gather}", gather=gather) for gather in ("sweep", "step", "unit"))
 STAGE_2, LORA, PLAIN = Arrangement("full/stage2", stage=2), Arrangement("lora", "lora"), Arrangement("full", plain=True)
@@ -32,9 +32,11 @@ def results() -> dict[tuple[int, Arrangement], dict[str, Any]]:
     jobs = [Job(2, ours, model, counted=2, timed=0), Job(2, [PLAIN], model, counted=1, timed=0)]
     jobs.append(Job(4, RUN[4], model, counted=1, timed=0))
     jobs.append(Job(2, [STEP], model, counted=0, timed=0, call="tests.test_gathers:tamper"))
-    found = zero.launch("cpu", jobs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zero, "apart", driving.apart)
+        found = zero.launch("cpu", jobs)
     return {(job.world if job.counted else 0, one): result
-            for job, several in zip(jobs, found) for one, result in zip(job.arrangements, several)}  # fmt: skip
+            for job, several in zip(jobs, found) for one, result in zip(job.arrangements, several)}
 
 
 def steady(world: int, one: Arrangement) -> dict[str, float]:

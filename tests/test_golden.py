@@ -24,8 +24,8 @@ STEPS = 3
 
 
 def first_steps(kind: str, folder: Path, *more: str) -> list[dict]:
-    settings = [f"nano_{kind}", f"train.steps={STEPS}", "train.schedule=constant", "conditioning.cache=off", "sample.count=0",
-                "sample.prompts=[]", "sample.every=0", "checkpoint.every=0", f"output.dir={folder}", *more]  # fmt: skip
+    settings = [f"nano_{kind}", f"train.steps={STEPS}", "train.threads=1", "train.schedule=constant", "conditioning.cache=off",
+                "sample.count=0", "sample.prompts=[]", "sample.every=0", "checkpoint.every=0", f"output.dir={folder}", *more]
     start(settings).succeed()
     return [{key: row[key] for key in KEYS} for row in rows(folder)]
 

@@ -97,12 +97,29 @@ def test_no_long_file():
     assert long == {}
 
 
+def session(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """pytest on the files in `folder`, with our conftest.py. torch is the one library that it imports, and takes seconds."""
+    (folder / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (folder / "torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: False)\nclass distributed: pass\n")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, str(folder)]
+    environment = {**os.environ, "CI": "true", "PYTHONPATH": str(folder)}
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+
+
+def test_a_fast_test_that_starts_something_fails(tmp_path):
+    """And a file that says what it starts is left out."""
+    (tmp_path / "test_fast.py").write_text(
+        "import os, torch\ndef test_a(): os.system('true')\ndef test_b(): torch.distributed.init_process_group('gloo')\n")
+    (tmp_path / "test_whole.py").write_text("import subprocess\ndef test_c(): assert False\n")
+    done = session(tmp_path, "--fast", "-p", "no:xdist")
+    assert done.returncode == 1 and "2 failed in" in done.stdout, done.stdout + done.stderr
+    assert "os.system in" in done.stdout and "a process group in" in done.stdout
+
+
 @pytest.mark.parametrize("reason, code", [("needs GPU: none here", 0), ("could not be bothered", 1)])
 def test_a_skip_by_mistake_fails_the_session_in_ci(tmp_path, reason, code):
-    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
     (tmp_path / "test_it.py").write_text(f"import pytest\ndef test_a(): pass\ndef test_b(): pytest.skip({reason!r})\n")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "1", str(tmp_path)]
-    done = subprocess.run(command, env={**os.environ, "CI": "true"}, cwd=tmp_path, capture_output=True, text=True)
+    done = session(tmp_path, "-n", "1")
     assert done.returncode == code, done.stdout + done.stderr
     assert ("skipped by mistake" in done.stderr) == (code == 1)
 

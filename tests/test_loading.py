@@ -50,7 +50,7 @@ def test_weights_are_never_unpickled(part, how, tmp_path, monkeypatch):
     weights = next(folder.glob("*.safetensors"))
     weights.unlink()
     pickle = {"beside": folder / ("pytorch_model.bin" if part in ("text_encoder", "vlm") else f"{weights.stem}.bin"),
-              "named so": weights, "indexed": folder / "weights.bin"}[how]  # fmt: skip
+              "named so": weights, "indexed": folder / "weights.bin"}[how]
     torch.save({"weight": Owned(mark)}, pickle)
     if how == "indexed":
         index = {"metadata": {"total_size": 1}, "weight_map": {"weight": "weights.bin"}}

@@ -150,7 +150,7 @@ def test_the_ordinary_loaders_read_it_and_the_pipeline_samples():
     assert 2e6 <= sum(p.numel() for p in pipe.transformer.parameters()) <= 5e6
     scene = world.sample_scenes("original", 1, seed=11)[0]
     picture = pipe(world.caption(scene), height=32, width=32, sigmas=[1, 0.75, 0.5, 0.25], guidance_scale=0,
-                   generator=torch.Generator().manual_seed(0)).images[0]  # fmt: skip
+                   generator=torch.Generator().manual_seed(0)).images[0]
     readings = build.load_judge()(measure.to_pictures(np.asarray(picture, np.float32)[None] / 255))
     assert readings["colour"].argmax().item() == scene.attribute("colour")
     tokenizer = AutoTokenizer.from_pretrained(PIPELINE / "vlm")

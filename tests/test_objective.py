@@ -223,7 +223,7 @@ def split(inputs: StepInputs, part: slice, scale: float) -> StepInputs:
             inputs.forward, student_contexts=inputs.forward.student_contexts[part],
             teacher_contexts=inputs.forward.teacher_contexts[part],
         ),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ STEPPED = [
     offloaded(name="lora-3", do=BOTH, stage=3, adapter="lora", teacher="frozen"),
 ]
 SWEEP = offloaded(name="sweep-3", do=BOTH, late=True, stage=3, gather="sweep", accumulation=1, recompute=True,
-                  zero={"sub_group_size": 20_000})  # fmt: skip
+                  zero={"sub_group_size": 20_000})
 BAD = [offloaded(name=f"bad-{stage}", do="not_finite", stage=stage, factor="inf") for stage in (2, 3)]
 ADDED = offloaded(name="added-3", do="tests.offload_cases:added", stage=3)
 LOW = [dict(name=f"masters-{masters}", stage=0, precision="bf16", masters=masters) for masters in ("fp32", "low_bits")]
@@ -55,13 +55,13 @@ def results(world: int) -> dict[str, Any]:
             ours | dict(name=f"{ours['masters']}-from-{theirs['masters']}", do="load_only",
                         folder=f"{folder}/{theirs['masters']}/step-000002")
             for ours, theirs in (LOW, LOW[::-1])
-        ]  # fmt: skip
+        ]
         exchanged = [*saved, *loaded] if world == 1 else []
         return ranks.run(world, [*STEPPED, ADDED, *more, *low, *exchanged], Path(folder) / "run")
 
 
 @pytest.mark.parametrize("case, world", [*((case, world) for case in STEPPED for world in (1, 2)), (SWEEP, 2)],
-                         ids=lambda value: value["name"] if isinstance(value, dict) else str(value))  # fmt: skip
+                         ids=lambda value: value["name"] if isinstance(value, dict) else str(value))
 def test_step_equals_deepspeeds_own(case: dict[str, Any], world: int) -> None:
     """Masters, moments, average, student and teacher, bit for bit; gradients are clipped, except where the case says."""
     numbers = results(world)[case["name"]].numbers
@@ -78,7 +78,7 @@ def test_step_equals_deepspeeds_own(case: dict[str, Any], world: int) -> None:
 def test_gradients_that_are_reduced_in_turns_add_up(world: int) -> None:
     numbers = results(world)["added-3"].numbers
     assert numbers == {"wrong": 0, "checked": numbers["checked"], "norm": pytest.approx(numbers["expected"], rel=1e-6),
-                       "expected": numbers["expected"], "seconds": numbers["seconds"]}  # fmt: skip
+                       "expected": numbers["expected"], "seconds": numbers["seconds"]}
     assert numbers["checked"] > 500
 
 

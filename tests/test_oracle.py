@@ -119,9 +119,9 @@ class OurStep:
     """Family, Pair and objective on the reference's weights and batch."""
 
     def __init__(self, family: str, kind: str, objective: DOPSD, dtype: torch.dtype, activations: str = "keep",
-                 backbone: str = "auto") -> None:  # fmt: skip
+                 backbone: str = "auto") -> None:
         settings = Settings(train={"activations": activations}, adapter={"kind": kind, "rank": RANK, "alpha": ALPHA},
-                            backbone=backbone)  # fmt: skip
+                            backbone=backbone)
         self.family = open_family(tiny.shared(family), settings.conditioning)
         self.pair = build_pair(self.family, settings, dtype)
         # The reference keeps PEFT's names; this program's stock names leave the adapter's name out.
@@ -185,11 +185,11 @@ CASES = [
     ("float32", "k_graphs", "keep", "pair"), ("float64", "k_graphs", "selective", "pair"),
     ("float64", "per_state", "recompute", "pair"),
     ("float64", "per_state", "keep", "diffusers"), ("float32", "k_graphs", "recompute", "diffusers"),
-]  # fmt: skip
+]
 FLUX_CASES = [
     ("float64", "per_state", "keep", "auto"), ("float32", "per_state", "keep", "auto"),
     ("float32", "k_graphs", "recompute", "auto"),
-]  # fmt: skip
+]
 
 
 def check_step(family: str, kind: str, weight: str, dtype: str, backward: str, activations: str, backbone: str) -> None:
@@ -243,7 +243,7 @@ def test_step_from_prompts_and_images():
     images = [
         Image.frombytes("RGB", size, bytes((draw(f"image {i}", (size[1], size[0], 3), torch.float32) * 60 + 128)
         .clamp(0, 255).byte().flatten().tolist())) for i, size in enumerate([(48, 40), (56, 32)])
-    ]  # fmt: skip
+    ]
     encoders = reference.ReferenceEncoders(tiny.shared("zimage"))
     theirs = reference_step("zimage", "lora", "x1", torch.float32, encoders=encoders)
     noise = noise_of("zimage", torch.float32)
@@ -255,7 +255,7 @@ def test_step_from_prompts_and_images():
     ours.teacher_contexts = own_encoders.teacher(prompts, [[image] for image in images])
     for contexts, conditions in (
         (ours.student_contexts, encoders.student(prompts)), (ours.teacher_contexts, encoders.teacher(prompts, images))
-    ):  # fmt: skip
+    ):
         for context, condition in zip(contexts, conditions, strict=True):
             torch.testing.assert_close(context["text"], condition.text, rtol=0, atol=2e-6)
     report = ours.backward(noise)

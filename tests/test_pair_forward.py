@@ -28,9 +28,9 @@ from tests import tiny
 FLOOR = 16
 LUCK = 7
 TARGETS = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0", "feed_forward.w1", "feed_forward.w2",
-           "feed_forward.w3")  # fmt: skip
+           "feed_forward.w3")
 EVERYWHERE = (*TARGETS, "layers.0.adaLN_modulation.0", "2-1.adaLN_modulation.1", "mlp.0", "mlp.2", "cap_embedder.1",
-              "all_final_layer.2-1.linear", "all_x_embedder.2-1")  # fmt: skip
+              "all_final_layer.2-1.linear", "all_x_embedder.2-1")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ CASES = [
     *(Case(13 + i, dtype=torch.float64, targets=targets, activations=policy)
       for i, (targets, policy) in enumerate([((), "keep"), (TARGETS, "keep"), ((), "recompute"), (EVERYWHERE, "selective")])),
     *(Case(20 + i, dtype=torch.bfloat16, targets=targets) for i, targets in enumerate([(), TARGETS])),
-]  # fmt: skip
+]
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -89,7 +89,7 @@ def models(case: Case, dtype: torch.dtype) -> dict:
             in_channels=8, dim=case.dim, n_layers=case.layers, n_refiner_layers=case.refiners, n_heads=case.heads,
             n_kv_heads=case.heads, cap_feat_dim=32, axes_dims=list(case.axes), axes_lens=[1024, 64, 64],
             norm_eps=case.norm_eps, qk_norm=case.qk_norm,
-        )  # fmt: skip
+        )
         return tiny.randomise(model, seed)
 
     student = build(case.seed)
@@ -329,7 +329,7 @@ def test_fp8_is_a_small_change_of_the_frozen_products(which):
         assert 1e-3 < changed[STUDENT] < 0.1
         cosine = sum((found[which][n] * found["off"][n]).sum() for n in changed if n not in names) / (
             sum(found[which][n].square().sum() for n in changed if n not in names).sqrt()
-            * sum(found["off"][n].square().sum() for n in changed if n not in names).sqrt())  # fmt: skip
+            * sum(found["off"][n].square().sum() for n in changed if n not in names).sqrt())
         assert cosine > 0.98
 
 

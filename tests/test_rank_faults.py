@@ -46,7 +46,7 @@ MINUTE = 60.0
 
 def settings(run: Path, stage: int, **more) -> list[str]:
     common = dict(data__path=str(data()), output__dir=str(run), resume="auto", conditioning__cache="disk",
-                  deepspeed__stage=stage, train__steps=STEPS, train__batch_size=1, checkpoint__every=2)  # fmt: skip
+                  deepspeed__stage=stage, train__steps=STEPS, train__batch_size=1, checkpoint__every=2)
     return words(**common | more)
 
 
@@ -276,7 +276,7 @@ DIFFERENCES = {
                              "in its prompt caption: give every host the same data set"),
     "model": (other_model, "transformer/diffusion_pytorch_model.safetensors has other contents"),
     "setting": (lambda folder: {"train__seed": 7}, f"rank 1 on host {HERE} has train.seed=7, rank 0 on host"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", DIFFERENCES)

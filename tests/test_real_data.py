@@ -35,14 +35,14 @@ def context_cache(tmp_path_factory) -> Path:
 def train(run: Path, data: Path, cache: Path, **more) -> list[str]:
     common = dict(data__path=str(data), output__dir=str(run), resume="auto", data__resolution=64, train__steps=5,
                   train__batch_size=1, train__accumulation=1, checkpoint__every=2, conditioning__cache="disk",
-                  conditioning__folder=str(cache), conditioning__max_text_tokens=512)  # fmt: skip
+                  conditioning__folder=str(cache), conditioning__max_text_tokens=512)
     return words(**common | more)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("kind", "ranks"), [("full", 1), ("lora", 2)])
 def test_the_authors_set_trains_as_it_is(kind, ranks, context_cache, tmp_path):
-    """Whole; and killed once, stopped once and continued: the same numbers and weights, from the file or from its folder."""
+    """Whole; and killed once, stopped once and continued: the same numbers and weights, from the file or from its folder. The
+    other two pairs of kind and ranks are below, with a set of that format."""
     needs_corgi()
     whole, run = tmp_path / "whole", tmp_path / "run"
     job = start(train(whole, CORGI / "data.jsonl", context_cache, adapter__kind=kind), ranks).succeed()

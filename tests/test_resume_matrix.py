@@ -13,7 +13,7 @@ from dopsd_fast.errors import UserError
 from dopsd_fast.run.folder import _check_same
 from dopsd_fast.settings.load import load_settings
 from dopsd_fast.storage import checkpoints
-from tests import resuming
+from tests import ranks, resuming
 
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 ARRANGEMENTS = {
@@ -44,16 +44,19 @@ def results() -> dict:
     saving, loading = {}, {}
     for variant, name in SAVED:
         world, settings = ARRANGEMENTS[name]
-        case = dict(name=f"{variant} {name}", do="train_and_save", folder=str(folder(variant, name)))
+        case = dict(name=f"{variant} {name}", do="tests.resuming:train_and_save", folder=str(folder(variant, name)))
         saving.setdefault(world, []).append(case | VARIANTS[variant] | settings)
     for variant, old, new in PAIRS:
         world, settings = ARRANGEMENTS[new]
-        case = dict(name=f"{variant} {old} {new}", do="load_and_save", folder=str(folder(variant, old)),
-                    again=str(folder(variant, f"{old}-{new}")))  # fmt: skip
+        case = dict(name=f"{variant} {old} {new}", do="tests.resuming:load_and_save", folder=str(folder(variant, old)),
+                    again=str(folder(variant, f"{old}-{new}")))
         loading.setdefault(world, []).append(case | VARIANTS[variant] | settings)
-    phases = [(f"save-{world}", world, cases) for world, cases in saving.items()]
-    phases += [(f"load-{world}", world, cases) for world, cases in loading.items()]
-    return {name: numbers for phase in resuming.run(phases, folder("run")).values() for name, numbers in phase.items()}
+    found: dict = {}
+    for phase, by_world in ("save", saving), ("load", loading):
+        for world, cases in by_world.items():
+            done = ranks.run(world, cases, folder("run", f"{phase}-{world}"))
+            found |= {case["name"]: done[case["name"]].numbers for case in cases}
+    return found
 
 
 @pytest.mark.parametrize("variant, old, new", PAIRS)
@@ -97,7 +100,7 @@ def check(tmp_path: Path, before: list[str], now: list[str]) -> None:
     "deepspeed.config.zero_optimization.offload_optimizer.device=cpu", "method.backward=k_graphs",
     "deepspeed.config.zero_optimization.reduce_bucket_size=5",
     "deepspeed.config.zero_optimization.zero_quantized_gradients=false",
-])  # fmt: skip
+])
 def test_a_run_continues_in_another_arrangement(tmp_path: Path, change: str) -> None:
     check(tmp_path, ["nano_full"], ["nano_full", *change.split()])
     check(tmp_path, ["nano_full", *change.split()], ["nano_full"])
@@ -106,7 +109,7 @@ def test_a_run_continues_in_another_arrangement(tmp_path: Path, change: str) -> 
 @pytest.mark.parametrize("change", [
     "deepspeed.config.zero_optimization.zero_quantized_gradients=true", "train.precision=bf16", "teacher.kind=frozen",
     "deepspeed.config.gradient_predivide_factor=2.0", "train.grad_clip=0.5",
-])  # fmt: skip
+])
 def test_a_run_does_not_continue_with_other_numbers(tmp_path: Path, change: str) -> None:
     name = change.partition("=")[0]
     with pytest.raises(UserError, match=name):

@@ -24,7 +24,7 @@ def case(name: str, world: int, model: str, stage: int, accumulation: int = 1, g
     """Nothing stays gathered because it is small: what is tested is the gathering."""
     zero = {"stage3_param_persistence_threshold": 0, **zero} if stage == 3 else zero
     return dict(name=name, do="curves", stage=stage, accumulation=accumulation, gather=gather, eps=EPS,
-                config={"zero_optimization": zero}, world=world, model=model, group="same")  # fmt: skip
+                config={"zero_optimization": zero}, world=world, model=model, group="same")
 
 
 def arrangements() -> list[dict[str, Any]]:
@@ -69,7 +69,7 @@ def fields() -> list[dict[str, Any]]:
         dict(contiguous_gradients=False, reduce_scatter=False, allgather_partitions=False),
     ]
     found = [case(f"field-3-{gather}-{i}", 2, "", 3, 2, gather, **zero)
-             for gather in ("unit", "step") for i, zero in enumerate(sharded)]  # fmt: skip
+             for gather in ("unit", "step") for i, zero in enumerate(sharded)]
     found += [case(f"field-{stage}-{i}", 2, "", stage, 2, **zero) for stage in (1, 2) for i, zero in enumerate(whole)]
     divided = case("field-divided", 2, "", 2, 2, reduce_scatter=False)
     divided["config"] |= {"prescale_gradients": True, "gradient_predivide_factor": 2.0}
@@ -205,7 +205,7 @@ def test_ranks_or_accumulation_in_the_main_job(tmp_path: Path) -> None:
                 train__learning_rate=1e-2, deepspeed__stage=3, checkpoint__every=0,
             ),
             ranks=world,
-        )  # fmt: skip
+        )
     for job in jobs.values():
         job.succeed()
     many, one = (driving.numbers(tmp_path / str(world)) for world in (4, 1))

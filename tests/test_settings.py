@@ -285,7 +285,7 @@ def test_a_recipe_extends_another(tmp_path):
     ('extends = "nowhere"', "unknown recipe nowhere"),
     ("extends = 3", "must be the name of a recipe"),
     ('extends = "SELF"', "extend each other"),
-])  # fmt: skip
+])
 def test_a_recipe_that_extends_nothing_good(text, said, tmp_path):
     file = tmp_path / "own.toml"
     file.write_text(text.replace("SELF", str(file)))

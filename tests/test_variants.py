@@ -29,7 +29,7 @@ def variant(folder, kind, file="", changes=None, drop=()):
 
 SCHEDULER, TRANSFORMER, INDEX = "scheduler/scheduler_config.json", "transformer/config.json", "model_index.json"
 DEV = {"num_attention_heads": 48, "attention_head_dim": 128, "num_layers": 8, "num_single_layers": 48,
-       "joint_attention_dim": 15360}  # fmt: skip
+       "joint_attention_dim": 15360}
 KLEIN_4B = DEV | {"num_attention_heads": 24, "num_layers": 5, "num_single_layers": 20, "joint_attention_dim": 7680}
 CASES = [
     ("zimage", SCHEDULER, {"shift": 6.0}, (), "base", "shift is 6"),
@@ -64,7 +64,7 @@ def test_a_variant_is_named_and_can_be_allowed(tmp_path, kind, file, changes, dr
     "kind, file, changes",
     [("zimage", SCHEDULER, {"shift": "6.0"}), ("zimage", SCHEDULER, {"shift": None}), ("zimage", TRANSFORMER, {"dim": None}),
      ("flux2_klein", TRANSFORMER, {"num_attention_heads": "48"}), ("flux2_klein", INDEX, {"is_distilled": "false"})],
-)  # fmt: skip
+)
 def test_values_of_another_type_are_one_line(tmp_path, kind, file, changes):
     family = open_family(variant(tmp_path / "model", kind, file, changes), CONDITIONING)
     with pytest.raises(UserError, match="model.path"):

@@ -167,7 +167,7 @@ def test_rollout_is_the_pipeline(family, encoders, transformer, pipeline, steps)
     call = dict(
         height=32, width=48, num_inference_steps=steps, sigmas=[1 - k / steps for k in range(steps)],
         guidance_scale=0.0, latents=noise, max_sequence_length=64,
-    )  # fmt: skip
+    )
     # K Euler steps, each with a handful of fp32 roundings of values up to about 5
     torch.testing.assert_close(x, pipeline(list(prompts), output_type="latent", **call).images, rtol=0, atol=2e-5)
     for ours, theirs in zip(family.decode(family.load_vae(), x), pipeline(list(prompts), **call).images, strict=True):

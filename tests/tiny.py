@@ -18,7 +18,7 @@ from torch import nn
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
     "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<think>", "</think>",
-)  # fmt: skip
+)
 VOCAB_SIZE = 272  # 256 bytes + the special tokens, rounded up
 
 # As Qwen3's template: one turn after the other; `enable_thinking=False` opens the answer with an empty thought. List
@@ -78,7 +78,7 @@ def text_config(layers: int, hidden: int, heads: int = 2) -> dict:
     return dict(
         vocab_size=VOCAB_SIZE, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=1, head_dim=16, max_position_embeddings=4096,
-    )  # fmt: skip
+    )
 
 
 def make_vae(flux2: bool, seed: int):
@@ -88,12 +88,12 @@ def make_vae(flux2: bool, seed: int):
     common = dict(
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, sample_size=32, mid_block_add_attention=False,
-    )  # fmt: skip
+    )
     if not flux2:
         vae = AutoencoderKL(
             latent_channels=8, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
             use_post_quant_conv=False, **common,
-        )  # fmt: skip
+        )
         return randomise(vae, seed)
     vae = randomise(AutoencoderKLFlux2(latent_channels=4, **common), seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -119,7 +119,7 @@ def make_vlm(folder: Path, seed: int = 0, layers: int = 3, hidden: int = 32, dty
         vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
         vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vlm = randomise(Qwen3VLForConditionalGeneration(config), seed + 40)
@@ -128,7 +128,7 @@ def make_vlm(folder: Path, seed: int = 0, layers: int = 3, hidden: int = 32, dty
     Qwen2VLImageProcessorPil(
         patch_size=8, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 32 * 32, "longest_edge": 64 * 64},
         image_mean=[0.5] * 3, image_std=[0.5] * 3,
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
 
 
 def make_zimage(folder, seed: int = 0, dtype=torch.float32) -> Path:
@@ -142,7 +142,7 @@ def make_zimage(folder, seed: int = 0, dtype=torch.float32) -> Path:
         transformer = ZImageTransformer2DModel(
             in_channels=8, dim=48, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
             axes_dims=[8, 8, 8], axes_lens=[1024, 64, 64],
-        )  # fmt: skip
+        )
         encoder = Qwen3Model(Qwen3Config(**text_config(3, 32), tie_word_embeddings=True))
         pipeline = ZImagePipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -170,7 +170,7 @@ def make_flux2_klein(folder, seed: int = 0, dtype=torch.float32) -> Path:
         transformer = Flux2Transformer2DModel(
             in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=24, num_attention_heads=2,
             joint_attention_dim=48, timestep_guidance_channels=32, axes_dims_rope=(6, 6, 6, 6), guidance_embeds=False,
-        )  # fmt: skip
+        )
         encoder = Qwen3ForCausalLM(Qwen3Config(**text_config(28, 16), tie_word_embeddings=True))
         pipeline = Flux2KleinPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),

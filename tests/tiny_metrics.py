@@ -35,12 +35,12 @@ def make_dino(folder, kind="dinov2"):
     import transformers as t
 
     size = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8,
-                num_register_tokens=1, hidden_sizes=[8, 8, 16, 24], depths=[1, 1, 1, 1])  # fmt: skip
+                num_register_tokens=1, hidden_sizes=[8, 8, 16, 24], depths=[1, 1, 1, 1])
     model = t.AutoModel.from_config(t.AutoConfig.for_model(kind, **size), **UNPOOLED.get(kind, {}))
     tiny.randomise(model, 1).save_pretrained(folder)
     if kind.startswith("dinov3"):
         facts = dict(image_processor_type="DINOv3ViTImageProcessorFast", size={"height": 32, "width": 32}, resample=2,
-                     image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225], rescale_factor=1 / 255)  # fmt: skip
+                     image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225], rescale_factor=1 / 255)
         (folder / "preprocessor_config.json").write_text(json.dumps(facts))
     else:
         t.BitImageProcessorPil(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)

@@ -1,22 +1,26 @@
-"""Starts the main job in forks of a process that has its libraries loaded: the same program, the same signals and files, a
-second instead of eight. The script that `tests/driving.py` speaks to, one JSON object a line.
+"""Starts programs in forks of a process that has their libraries loaded and has trained before: the same program, the same
+signals and files, in a second instead of ten. The script that `tests/driving.py` speaks to, one JSON object a line; its
+argument is JSON too: the settings of the runs that it begins with.
 
     {"argv": [...], "env": {...}, "cwd": "...", "out": "...", "err": "..."}  ->  {"pid": ...}
-        further, if wanted: "script": what to run instead; "file_bytes": the largest file it may write;
-        "delay": seconds until it begins
+        further, if wanted: "script": what to run instead of train.py, a file or "module:function" (given the words of argv);
+        "file_bytes": the largest file it may write; "delay": seconds until it begins
     {"poll": pid}  ->  {"code": null while it runs, else the exit code, -N for signal N}
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
 import os
 import resource
 import runpy
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,9 +36,10 @@ PRELOAD = """
 
 
 def serve() -> None:
-    # Only libraries: the program's own modules are imported by each run, in its own order.
     for name in PRELOAD:
         importlib.import_module(name)
+    train(json.loads(sys.argv[1]))
+    gc.collect()
     gc.freeze()  # what is loaded stays shared, and out of every run's garbage collections, the long one at its end too
     for line in sys.stdin:
         order = json.loads(line)
@@ -45,10 +50,58 @@ def serve() -> None:
             pid = os.fork()
             if pid == 0:
                 become(order)
-                runpy.run_path(sys.argv[0], run_name="__main__")
-                return
+                module, _, function = sys.argv[0].partition(":")
+                if not function:
+                    runpy.run_path(module, run_name="__main__")
+                    return
+                getattr(importlib.import_module(module), function)(*sys.argv[1:])
+                sys.stdout.flush()
+                os._exit(0)  # as train.py ends: nothing is left to take apart
             answer = {"pid": pid}
         print(json.dumps(answer), flush=True)
+
+
+def train(runs: list[list[str]]) -> None:
+    """Short runs in this process, by their settings: what is made at first use (modules, regular expressions, oneDNN's kernels)
+    is nine tenths of the time of a short run, and every fork finds it made.
+
+    Three things of a run do not survive a fork, and are not left behind: threads of OpenMP (`train.threads=1` starts none), the
+    thread that watches over progress bars, and the process group, to which DeepSpeed keeps two references of its own."""
+    import deepspeed
+    import torch
+    from tqdm import tqdm
+
+    main = runpy.run_path(str(TRAIN))["main"]
+    interval, tqdm.monitor_interval = tqdm.monitor_interval, 0
+    with as_before():
+        for settings in runs:
+            assert main(settings) == 0
+        torch.distributed.destroy_process_group()
+        deepspeed.comm.comm.cdb = deepspeed.utils.groups._WORLD_GROUP = None
+    tqdm.monitor_interval = interval
+
+
+@contextlib.contextmanager
+def as_before() -> Iterator[None]:
+    """The environment and the handlers of signals are put back; nothing is shown."""
+    environment, streams = dict(os.environ), (os.dup(1), os.dup(2))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        os.dup2(nowhere, number)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, stream in zip((1, 2), streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        os.close(nowhere)
+        os.environ.clear()
+        os.environ.update(environment)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def become(order: dict) -> None:
@@ -57,7 +110,7 @@ def become(order: dict) -> None:
     os.environ.update(order["env"])
     os.chdir(order["cwd"])
     for number, name, flags in ((0, os.devnull, os.O_RDONLY), (1, order["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND),
-                                (2, order["err"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)):  # fmt: skip
+                                (2, order["err"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)):
         file = os.open(name, flags, 0o644)
         os.dup2(file, number)
         os.close(file)
@@ -66,9 +119,12 @@ def become(order: dict) -> None:
     time.sleep(order.get("delay", 0))
     script = order.get("script", str(TRAIN))
     sys.argv = [script, *order["argv"]]
-    sys.path[0] = str(Path(script).parent)
+    if ":" not in script:
+        sys.path[0] = str(Path(script).parent)
 
 
 if __name__ == "__main__":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    sys.path[0] = str(ROOT)
+    sys.path.insert(1, str(ROOT / "kernels"))
     serve()

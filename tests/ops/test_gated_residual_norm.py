@@ -1,10 +1,9 @@
-"""gated_residual_norm against float64, its formulas, its registration, its declared cost and its errors."""
+"""What is special to gated_residual_norm: its gates, what its backward is asked for, its declared cost and its errors."""
 
 import pytest
 import torch
-from torch import Tensor
 
-from dopsd_kernels import backend, launch, native_ops
+from dopsd_kernels import backend, launch
 from dopsd_kernels.costs import COSTS
 from dopsd_kernels.gated_residual_norm import (
     gated_residual_norm,
@@ -14,70 +13,16 @@ from dopsd_kernels.gated_residual_norm import (
 )
 from dopsd_kernels.norm_parts import MOST_SPLIT
 from dopsd_kernels.sequences import Sequences
-from tests.ops.rule import DEVICE, DTYPES, assert_twice, with_gradients
+from tests.ops.rule import DEVICE
+from tests.ops.table import OPS, T0, T5, make_gated, spread
 
-LENGTHS = {"T0": (0, 0), "T1": (1,), "T5": (2, 0, 3), "T123": (70, 0, 52, 1)}
-GIVEN = {"all": "xhwgns", "no_gate": "xhwns", "no_scale": "xhwgn", "no_modulation": "xhwn", "gate_only": "xhwg", "bare": "xhw"}
-CASES = [("T0", 36, "all"), ("T1", 123, "all"), ("T5", 3840, "all"), ("T123", 36, "all"), ("T123", 144, "bare")]
-CASES += [("T5", 123, given) for given in GIVEN]
-
-
-def make(lengths: tuple[int, ...], width: int, given: str = "all", dtype=torch.float32, device=DEVICE) -> list[Tensor | None]:
-    """[x, h, weight, gate, next_weight, next_scale]; gate and next_scale are column slices of one tensor."""
-    generator = torch.Generator().manual_seed(sum(lengths) * 7919 + width)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    rows = (sum(lengths), width)
-    gate, scale = random(len(lengths), 4 * width).to(device, dtype).chunk(4, 1)[1:3]
-    tensors = (random(*rows), 3 * random(*rows), 1 + 0.3 * random(width), gate, 1 + 0.3 * random(width), scale)
-    # .to() leaves the slices alone: they have the dtype already
-    return [t.to(device, dtype) if name in GIVEN[given] else None for t, name in zip(tensors, "xhwgns")]
-
-
-def spread(rows: Tensor) -> Tensor:
-    """The same values with another row stride."""
-    return torch.cat([rows, rows], 1)[:, : rows.shape[1]]
-
-
-def present(outputs: tuple[Tensor | None, ...]) -> list[Tensor]:
-    return [t for t in outputs if t is not None]
-
-
-def assert_rule(chosen: str, lengths: tuple[int, ...], inputs: list[Tensor | None]) -> None:
-    sequences = Sequences(lengths, inputs[0].device)
-
-    def ours(x, h, *others):
-        return present(gated_residual_norm(spread(x), spread(h), *others, sequences))
-
-    def reference(*tensors):
-        return present(gated_residual_norm_ref(*tensors, sequences.row_sequence, 1e-5))
-
-    with backend.forced(chosen):
-        found = with_gradients(ours, inputs)
-    oracle = with_gradients(reference, [None if t is None else t.double() for t in inputs])
-    assert_twice(found, with_gradients(reference, inputs), oracle, f"{chosen} {lengths}")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("chosen", ["triton", "torch"])
-@pytest.mark.parametrize("tokens, width, given", CASES)
-def test_forward_and_backward(tokens: str, width: int, given: str, chosen: str, dtype: torch.dtype) -> None:
-    assert_rule(chosen, LENGTHS[tokens], make(LENGTHS[tokens], width, given, dtype))
-
-
-@pytest.mark.parametrize("tokens, width, given", CASES)
-def test_native_forward_and_backward(tokens: str, width: int, given: str) -> None:
-    inputs = make(LENGTHS[tokens], width, given, device="cpu")
-    assert native_ops.has("gated_residual_norm") and native_ops.usable(*inputs)
-    assert_rule("native", LENGTHS[tokens], inputs)
+OP = OPS["gated_residual_norm"]
 
 
 @pytest.mark.parametrize("chosen", ["triton", "torch", "native"])
 def test_small_and_large_gates(chosen: str) -> None:
     """tanh keeps its relative precision near 0, and its 1 far from it."""
-    x, h, weight, _, _, _ = make((1,), 36, "bare", device="cpu" if chosen == "native" else DEVICE)
+    x, h, weight, _, _, _ = OP.inputs(((1,), 36), "bare", device="cpu" if chosen == "native" else DEVICE)
     sequences = Sequences((1,), x.device)
     gate = torch.logspace(-30, 2.5, 36, device=x.device)[None] * torch.tensor([1.0, -1.0], device=x.device).repeat(18)
     with backend.forced(chosen):
@@ -96,8 +41,8 @@ def test_backward_gives_what_is_asked_as_the_fake_says(
     chosen: str, given: str, has_dr: bool, has_dy: bool, need_weight: bool, need_modulation: bool
 ) -> None:
     device = "cpu" if chosen == "native" else DEVICE
-    sequences = Sequences(LENGTHS["T5"], device)
-    x, h, *others = make(LENGTHS["T5"], 36, given, device=device)
+    sequences = Sequences(T5, device)
+    x, h, *others = OP.inputs((T5, 36), given, device=device)
     has_y = others[2] is not None
     with backend.forced(chosen):
         r, y, *statistics = gated_residual_norm_fwd(x, h, *others, sequences.row_sequence, 1e-5)
@@ -119,41 +64,12 @@ def test_backward_gives_what_is_asked_as_the_fake_says(
         assert (real.shape, real.dtype, real.stride()) == (promised.shape, promised.dtype, promised.stride())
 
 
-@pytest.mark.parametrize("given", GIVEN)
-def test_gradcheck(given: str) -> None:
-    sequences = Sequences(LENGTHS["T5"])
-    inputs = make(LENGTHS["T5"], 5, given, torch.float64, "cpu")
-    leaves = [None if t is None else t.clone().requires_grad_() for t in inputs]
-
-    def reference(*tensors):
-        return tuple(present(gated_residual_norm_ref(*tensors, sequences.row_sequence, 1e-5)))
-
-    assert torch.autograd.gradcheck(reference, leaves)
-    with backend.forced("torch"):
-        assert torch.autograd.gradcheck(lambda *t: tuple(present(gated_residual_norm(*t, sequences))), leaves)
-
-
-@pytest.mark.parametrize("dtype, given", [(torch.float32, "all"), (torch.bfloat16, "no_scale"), (torch.float64, "bare")])
-def test_registration(dtype: torch.dtype, given: str) -> None:
-    sequences = Sequences(LENGTHS["T5"])
-    x, h, *others = make(LENGTHS["T5"], 8, given, dtype, "cpu")
-    with backend.forced("torch"):
-        leaves = [None if t is None else t.clone().requires_grad_() for t in (x, h, *others)]
-        torch.library.opcheck(gated_residual_norm_fwd, (*leaves, sequences.row_sequence, 1e-5, sequences.chunks))
-        r, _, *statistics = gated_residual_norm_fwd(x, h, *others, sequences.row_sequence, 1e-5)
-        has_y = others[2] is not None
-        for asked in ((True, True, has_y), (False, False, False)):
-            tables = (sequences.row_sequence, sequences.chunks)
-            arguments = (x, x if has_y else None, h, r, *others, *statistics, *tables, *asked)
-            torch.library.opcheck(gated_residual_norm_bwd, arguments)
-
-
-@pytest.mark.parametrize("tokens", ["T0", "T5"])
-@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("lengths", [T0, T5], ids=["T0", "T5"])
+@pytest.mark.parametrize("given", OP.given)
 @pytest.mark.parametrize("need_weight, need_modulation", [(False, False), (True, False), (False, True)])
-def test_launches_are_declared(tokens: str, given: str, need_weight: bool, need_modulation: bool) -> None:
-    sequences = Sequences(LENGTHS[tokens], DEVICE)
-    x, h, *others = make(LENGTHS[tokens], 36, given)
+def test_launches_are_declared(lengths: tuple[int, ...], given: str, need_weight: bool, need_modulation: bool) -> None:
+    sequences = Sequences(lengths, DEVICE)
+    x, h, *others = OP.inputs((lengths, 36), given)
     rstd, tables = x.new_ones(x.shape[0]), (sequences.row_sequence, sequences.chunks)
     dy = x if others[2] is not None else None
     for op, arguments in (
@@ -169,7 +85,7 @@ def test_launches_are_declared(tokens: str, given: str, need_weight: bool, need_
 def test_bytes_are_declared() -> None:
     """T 128 in two sequences, D 32, fp32: written out as the kernels' loads and stores."""
     sequences = Sequences((64, 64))
-    x, h, *others = make((64, 64), 32, device="cpu")
+    x, h, *others = make_gated(((64, 64), 32), device="cpu")
     tables = (sequences.row_sequence, sequences.chunks)
     rows, statistics, vector, modulation, partial = 4 * 128 * 32, 4 * 128, 4 * 32, 4 * 2 * 32, 4 * (2 * MOST_SPLIT) * 32
     small = 2 * (vector + modulation)
@@ -188,24 +104,9 @@ def test_bytes_are_declared() -> None:
             assert cost.elementwise_bytes == (6 + emit) * rows + 2 * statistics + small + sums
 
 
-def test_rows_beyond_two_to_the_31_elements() -> None:
-    whole = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)
-    inputs = make((1, 1), 16, dtype=torch.float16)
-    far = whole.as_strided((2, 16), (2**31 + 16, 1)).copy_(inputs[0])
-    sequences = Sequences((1, 1), DEVICE)
-    near = far.contiguous()
-    with backend.forced("triton"):
-        there = gated_residual_norm_fwd(far, far, *inputs[2:], sequences.row_sequence, 1e-5)
-        here = gated_residual_norm_fwd(near, near, *inputs[2:], sequences.row_sequence, 1e-5)
-        others = (*inputs[2:], *here[2:], sequences.row_sequence, sequences.chunks, True, True, True)
-        there += gated_residual_norm_bwd(far, far, far, far, *others)
-        here += gated_residual_norm_bwd(near, near, near, near, *others)
-    assert all(map(torch.equal, there, here))
-
-
 def test_one_output_used_alone() -> None:
     sequences = Sequences((3,), DEVICE)
-    tensors = [t.requires_grad_() for t in make((3,), 16)]
+    tensors = [t.requires_grad_() for t in make_gated(((3,), 16))]
     for output in (0, 1):
         wanted = gated_residual_norm_ref(*tensors, sequences.row_sequence, 1e-5)[output].sum()
         ours = gated_residual_norm(*tensors, sequences)[output].sum()
@@ -216,7 +117,7 @@ def test_one_output_used_alone() -> None:
 
 def test_wrong_arguments() -> None:
     sequences = Sequences((2, 3))
-    good = dict(zip(("x", "h", "weight", "gate", "next_weight", "next_scale"), make((2, 3), 8, device="cpu")))
+    good = dict(zip(("x", "h", "weight", "gate", "next_weight", "next_scale"), make_gated(((2, 3), 8), device="cpu")))
     x, h, gate = good["x"], good["h"], good["gate"]
     for name, wrong, what in (
         ("x", x[0], "x is .*must be fp16"),

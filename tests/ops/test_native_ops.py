@@ -82,7 +82,7 @@ def layernorm_case(lengths: tuple[int, ...], width: int, scale: bool, shift: boo
     """Rows off centre: their mean is large beside their spread."""
     sequences = Sequences(lengths)
     inputs = [3 + wide(sequences.tokens, width), *(modulation(len(lengths), width, i) if w else None
-              for i, w in enumerate((scale, shift)))]  # fmt: skip
+              for i, w in enumerate((scale, shift)))]
     return (
         lambda x, a, b: layernorm_modulate(x, a, b, sequences, EPS),
         lambda x, a, b: layernorm_modulate_ref(x, a, b, sequences.row_sequence, EPS),

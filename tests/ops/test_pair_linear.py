@@ -209,7 +209,7 @@ def test_only_the_student_has_gradients() -> None:
     y_s, y_t = pair_linear.pair_linear(
         arguments[0], arguments[1], lists[0], lists[1], a_s=lists[4], b_s=lists[5], a_t=lists[6], b_t=lists[7],
         scales_s=arguments[10], scales_t=arguments[11],
-    )  # fmt: skip
+    )
     assert y_s.requires_grad and y_t is not None and not y_t.requires_grad
     y_s.sum().backward()
     assert all(m.grad is not None for m in lists[0])

@@ -1,4 +1,4 @@
-"""qk_norm_rope against float64, its formulas, its registration and its errors."""
+"""What is special to qk_norm_rope: weights of another dtype, row strides, its formula, its declared cost and its errors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dopsd_kernels import backend, launch, native_ops
+from dopsd_kernels import backend, launch
 from dopsd_kernels.costs import COSTS
 from dopsd_kernels.qk_norm_rope import (
     FINISH_COLUMNS,
@@ -21,28 +21,14 @@ from dopsd_kernels.qk_norm_rope import (
     qk_norm_rope_ref,
 )
 from tests.ops.rule import DEVICE, DTYPES, assert_twice, with_gradients
-
-EPS = 1e-5
-SHAPES = [(0, 2, 36), (1, 4, 36), (5, 1, 2), (5, 3, 128), (123, 4, 36), (2, 5, 82), (2, 30, 128), (9, 48, 128)]
-"""(tokens, heads, head dimension); 48 heads of 128 are more than one block."""
+from tests.ops.table import EPS, make_rope, rotations, seeded
 
 
-def random(*shape: int, dtype: torch.dtype = torch.float32, device: str = DEVICE, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
-
-
-def inputs(
-    tokens: int, heads: int, head_dim: int, dtype: torch.dtype = torch.float32, device: str = DEVICE, norm: bool = True,
-    extra: int = 0,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """(qkv, q_weight, k_weight, cos, sin); qkv a column slice of a tensor `extra` wider on either side."""
-    columns = 3 * heads * head_dim
-    qkv = random(tokens, columns + 2 * extra, dtype=dtype, device=device, seed=tokens)[:, extra : extra + columns]
-    weights = [1 + 0.3 * random(head_dim, dtype=dtype, device=device, seed=s) if norm else None for s in (1, 2)]
-    angles = 3 * random(tokens, head_dim // 2, dtype=torch.float64, device=device, seed=3)
-    wide = torch.promote_types(dtype, torch.float32)
-    return qkv, *weights, angles.cos().to(wide), angles.sin().to(wide)
+def inputs(tokens: int, heads: int, head_dim: int, dtype=torch.float32, device=DEVICE, norm=True, extra=0) -> tuple:
+    """(qkv, q_weight, k_weight, cos, sin)."""
+    shape = tokens, heads, head_dim
+    qkv, *weights = make_rope(shape, dtype, device, extra)
+    return qkv, *(weights if norm else (None, None)), *rotations(shape, dtype, device)
 
 
 def applied(function: Callable, cos: Tensor, sin: Tensor, heads: int) -> Callable[..., tuple[Tensor, ...]]:
@@ -59,24 +45,13 @@ def assert_rule(chosen: str, arguments: tuple[Tensor | None, ...], heads: int) -
     assert_twice(ours, eager, oracle, f"qk_norm_rope {chosen}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens, heads, head_dim", SHAPES)
-def test_triton_forward_and_backward(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
-    assert_rule("triton", inputs(tokens, heads, head_dim, dtype), heads)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rotation_alone(dtype: torch.dtype) -> None:
-    assert_rule("triton", inputs(5, 3, 36, dtype, norm=False), 3)
-
-
 def test_fp32_weights_of_half_activations() -> None:
     qkv, q_weight, k_weight, cos, sin = inputs(5, 3, 36, torch.float16)
     assert_rule("triton", (qkv, q_weight.float(), k_weight.float(), cos, sin), 3)
 
 
 def test_more_partial_sums_than_a_block() -> None:
-    partial = random(2 * FINISH_ROWS + 3, 2 * 36)
+    partial = seeded(2 * FINISH_ROWS + 3, 2 * 36)
     assert 2 * 36 > FINISH_COLUMNS
     out = torch.empty(2, 36, device=DEVICE)
     grid, config = (-(-2 * 36 // FINISH_COLUMNS),), _finish_config(36)
@@ -88,8 +63,8 @@ def gradients(shape: tuple[int, int, int], kind: str, **options: Any) -> list[Te
     """dq and dk: slices of one wide buffer, or attention's [H, T, Dh] transposed."""
     tokens, heads, head_dim = shape
     if kind == "transposed":
-        return [random(heads, tokens, head_dim, seed=s, **options).transpose(0, 1) for s in (5, 6)]
-    both = random(tokens, 2 * heads * head_dim + 7, seed=5, **options)
+        return [seeded(heads, tokens, head_dim, seed=s, **options).transpose(0, 1) for s in (5, 6)]
+    both = seeded(tokens, 2 * heads * head_dim + 7, seed=5, **options)
     return [part.unflatten(1, (heads, head_dim)) for part in both[:, 7:].chunk(2, dim=1)]
 
 
@@ -127,43 +102,6 @@ def test_deterministic() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_rows_beyond_two_to_the_31_elements() -> None:
-    qkv, *others = inputs(2, 1, 36, torch.float16)
-    whole = torch.empty(2**31 + 256, dtype=torch.float16, device=DEVICE)
-    far = whole.as_strided((2, 3 * 36), (2**31 + 64, 1)).copy_(qkv)
-    dy = gradients((2, 1, 36), "slices", dtype=torch.float16)
-    with backend.forced("triton"):
-        assert all(torch.equal(a, b) for a, b in zip(qk_norm_rope(far, *others, 1), qk_norm_rope(qkv, *others, 1)))
-        here, there = (qk_norm_rope_bwd(*dy, x, *others, 1, EPS, True) for x in (qkv, far))
-    assert all(torch.equal(a, b) for a, b in zip(here, there))
-
-
-@pytest.mark.parametrize("norm", [True, False])
-def test_gradcheck(norm: bool) -> None:
-    *leaves, cos, sin = inputs(3, 2, 6, torch.float64, "cpu", norm)
-    leaves = [leaf.clone().requires_grad_() for leaf in leaves if leaf is not None]
-
-    def full(function: Callable) -> Callable[..., tuple[Tensor, ...]]:
-        run = applied(function, cos, sin, 2)
-        return lambda qkv, *weights: run(qkv, *(weights or (None, None)))
-
-    assert torch.autograd.gradcheck(full(qk_norm_rope_ref), leaves)
-    with backend.forced("torch"):
-        assert torch.autograd.gradcheck(full(qk_norm_rope), leaves)
-
-
-@pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_registration(dtype: torch.dtype, norm: bool) -> None:
-    arguments = inputs(3, 2, 6, dtype, "cpu", norm)
-    dy = gradients((3, 2, 6), "transposed", dtype=dtype, device="cpu")
-    with backend.forced("torch"):
-        leaves = [None if x is None else x.clone().requires_grad_() for x in arguments[:3]]
-        torch.library.opcheck(qk_norm_rope_fwd, (*leaves, *arguments[3:], 2, EPS))
-        for need in (False, True):
-            torch.library.opcheck(qk_norm_rope_bwd, (*dy, *arguments, 2, EPS, need))
-
-
 def test_rotation_is_the_complex_product() -> None:
     qkv, *_, cos, sin = inputs(5, 2, 8, norm=False)
     q, k, v = qk_norm_rope(qkv, None, None, cos, sin, 2)
@@ -186,7 +124,7 @@ def test_launches_are_declared() -> None:
                     qk_norm_rope_bwd, (*dy, *arguments, 2, EPS, True), 1 + norm,
                     (4 + 2 * norm) * row + 2 * angles + 2 * weights + 2 * partial,
                 ),
-            ):  # fmt: skip
+            ):
                 before = launch.count
                 with backend.forced("triton"):
                     out = op(*given)
@@ -211,28 +149,19 @@ def test_wrong_arguments() -> None:
         ("qkv", good["qkv"][0]),
         ("qkv", good["qkv"][:, :30]),
         ("qkv", good["qkv"].int()),
-        ("qkv", random(36, 4).t()),
+        ("qkv", seeded(36, 4).t()),
         ("q_weight", None),
         ("k_weight", good["q_weight"][:4]),
         ("k_weight", meta["k_weight"]),
-        ("q_weight", random(6, 2)[:, 0]),
+        ("q_weight", seeded(6, 2)[:, 0]),
         ("cos", good["cos"][:3]),
         ("cos", good["cos"].half()),
         ("sin", meta["sin"]),
-        ("sin", random(3, 4).t()),
+        ("sin", seeded(3, 4).t()),
     ):
         with pytest.raises(ValueError, match=f"qk_norm_rope: {name}"):
             qk_norm_rope(**{**good, name: wrong}, heads=2)
     dq, dk = gradients((4, 2, 6), "slices")
-    for wrong in (dk[:3], dk.double(), dk.to("meta"), random(4, 6, 2).transpose(1, 2)):
+    for wrong in (dk[:3], dk.double(), dk.to("meta"), seeded(4, 6, 2).transpose(1, 2)):
         with pytest.raises(ValueError, match="qk_norm_rope: dk"):
             qk_norm_rope_bwd(dq, wrong, *good.values(), 2, EPS, True)
-
-
-@pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("tokens, heads, head_dim", SHAPES)
-def test_native(tokens: int, heads: int, head_dim: int, norm: bool) -> None:
-    assert native_ops.has("qk_norm_rope")
-    arguments = inputs(tokens, heads, head_dim, device="cpu", norm=norm, extra=1)
-    assert native_ops.usable(*arguments)
-    assert_rule("native", arguments, heads)

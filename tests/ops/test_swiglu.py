@@ -1,14 +1,12 @@
-"""swiglu against float64, its formulas, its registration and its errors."""
+"""What is special to swiglu: row strides, gates far out, its declared cost and its errors."""
 
 import pytest
 import torch
 
-from dopsd_kernels import backend, launch, native_ops
+from dopsd_kernels import backend, launch
 from dopsd_kernels.costs import COSTS
 from dopsd_kernels.swiglu import swiglu, swiglu_bwd, swiglu_fwd, swiglu_ref
-from tests.ops.rule import DEVICE, DTYPES, assert_twice, with_gradients
-
-SHAPES = [(0, 36), (1, 1), (5, 123), (123, 36), (2, 2500), (3, 10240)]
+from tests.ops.rule import DEVICE, DTYPES, assert_twice
 
 
 def rows(tokens: int, columns: int, dtype: torch.dtype = torch.float32, device: str = DEVICE, extra: int = 0) -> torch.Tensor:
@@ -16,18 +14,6 @@ def rows(tokens: int, columns: int, dtype: torch.dtype = torch.float32, device: 
     generator = torch.Generator().manual_seed(tokens * 7919 + columns)
     whole = 2 * torch.randn(tokens, columns + 2 * extra, generator=generator, dtype=torch.float64)
     return whole.to(device, dtype)[:, extra : extra + columns]
-
-
-def assert_rule(chosen: str, gu: torch.Tensor) -> None:
-    with backend.forced(chosen):
-        ours = with_gradients(swiglu, [gu])
-    assert_twice(ours, with_gradients(swiglu_ref, [gu]), with_gradients(swiglu_ref, [gu.double()]), f"swiglu {chosen}")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens, width", SHAPES)
-def test_triton_forward_and_backward(tokens: int, width: int, dtype: torch.dtype) -> None:
-    assert_rule("triton", rows(tokens, 2 * width, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -44,37 +30,11 @@ def test_primitives_take_any_row_stride(chosen: str, dtype: torch.dtype) -> None
         assert torch.equal(s, swiglu_fwd(gu))
 
 
-def test_rows_beyond_two_to_the_31_elements() -> None:
-    whole = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)
-    gu = whole.as_strided((2, 16), (2**31 + 16, 1)).copy_(rows(2, 16))
-    with backend.forced("triton"):
-        torch.testing.assert_close(swiglu(gu), swiglu_ref(gu))
-        dgu = swiglu_bwd(rows(2, 8, torch.float16), gu, False)[0]
-    with backend.forced("torch"):
-        torch.testing.assert_close(dgu, swiglu_bwd(rows(2, 8, torch.float16), gu, False)[0])
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 200.0, -200.0])
 def test_extreme_gates_as_eager(value: float) -> None:
     gu = torch.tensor([[value, value, 1.5, 2.0]], device=DEVICE)
     with backend.forced("triton"):
         torch.testing.assert_close(swiglu(gu), swiglu_ref(gu), equal_nan=True)
-
-
-def test_gradcheck() -> None:
-    gu = rows(3, 10, torch.float64, "cpu").requires_grad_()
-    assert torch.autograd.gradcheck(swiglu_ref, gu)
-    with backend.forced("torch"):
-        assert torch.autograd.gradcheck(swiglu, gu)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_registration(dtype: torch.dtype) -> None:
-    gu = rows(3, 10, dtype, "cpu")
-    with backend.forced("torch"):
-        torch.library.opcheck(swiglu_fwd, (gu.clone().requires_grad_(),))
-        for emit in (False, True):
-            torch.library.opcheck(swiglu_bwd, (rows(3, 5, dtype, "cpu"), gu, emit))
 
 
 def test_launches_are_declared() -> None:
@@ -101,11 +61,8 @@ def test_wrong_arguments() -> None:
             swiglu_bwd(wrong, gu, False)
 
 
-@pytest.mark.parametrize("tokens, width", SHAPES)
-def test_native(tokens: int, width: int) -> None:
-    assert native_ops.has("swiglu")
+@pytest.mark.parametrize("tokens, width", [(0, 36), (5, 123), (3, 10240)])
+def test_native_makes_the_product_again(tokens: int, width: int) -> None:
     gu = rows(tokens, 2 * width, device="cpu", extra=1)
-    assert native_ops.usable(gu)
-    assert_rule("native", gu)
     with backend.forced("native"):
         torch.testing.assert_close(swiglu_bwd(gu[:, :width], gu, True)[1], swiglu_fwd(gu))
