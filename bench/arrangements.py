@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from bench.cases.collectives import Collectives
 from bench.clock import synchronize
 from bench.models import Model
-from bench.peers.plain_zero import LIKE_A_LARGE_MODEL, PlainZero
-from bench.peers.reference_eager import Adapter, Condition
+from bench.references.plain_zero import LIKE_A_LARGE_MODEL, PlainZero
+from bench.references.reference_eager import Adapter, Condition
+from bench.suites.collectives import Collectives
 from dopsd_fast.settings import Settings
 
 STATES = 4

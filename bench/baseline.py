@@ -50,7 +50,7 @@ def measure() -> list[Row]:
     """The rows of all counts, full size but for zero's."""
     import torch
 
-    from bench.cases import cost, memory, zero
+    from bench.suites import cost, memory, zero
 
     cpu = torch.device("cpu")
     rows = [row for kind in KINDS for row in cost.ours(kind, cost.Size())]
@@ -60,7 +60,7 @@ def measure() -> list[Row]:
 
 def counts(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
     """What of `rows` belongs into the file. UserError, one line: a count that could not be taken."""
-    from bench.cases.zero import COUNTS
+    from bench.suites.zero import COUNTS
 
     wanted = {"memory": ("activation_bytes", "peak_bytes"), "zero": (*COUNTS,)}
     found: dict[str, dict[str, dict[str, float]]] = {}

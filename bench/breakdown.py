@@ -37,11 +37,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.clock import interleaved, summary, synchronize
+from bench.report.tables import step
 from bench.results import Options, Row, Status, failed
-from bench.show import step
 
 if TYPE_CHECKING:
-    from bench.cases.workload import Workload
+    from bench.suites.workload import Workload
 
 SUITE = "profile"
 WORK = ("gemm", "attention", "elementwise", "optimizer", "communication", "other")
@@ -262,7 +262,7 @@ def profile_step(options: Options, out: Path) -> list[Row]:
     case "lora" or "full"; seconds_<part> and share_<part> for PARTS, seconds_per_step (profiled), profiler_overhead (that
     over the step without profiler); on a GPU also seconds_launch and launches_per_step.
     """
-    from bench.cases.workload import Workload
+    from bench.suites.workload import Workload
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells of every start and stop on the terminal
     work, rows = Workload(options), []
@@ -282,7 +282,7 @@ def profile_step(options: Options, out: Path) -> list[Row]:
 
 
 def profile_variant(case: str, kind: str, variant: str, work: Workload, file: Path) -> list[Row]:
-    from bench.cases.workload import OurStep, PeerStep
+    from bench.suites.workload import OurStep, PeerStep
 
     if variant == "ours":
         ours = OurStep(kind, work)

@@ -1,6 +1,6 @@
 """`python bench/first_run.py OUT [STAGE ...]`: the first minutes on a GPU. Z-Image at full size, random weights.
 
-One process, stages in the order of what they decide (bench/cases/first_stages.py says what, stage by stage). Every line of
+One process, stages in the order of what they decide (bench/suites/first_stages.py says what, stage by stage). Every line of
 OUT/first.jsonl is flushed and printed at once, so whatever ends the process, what it found is there. A stage that raises leaves
 a line with its error and frees its memory, and the next one begins; a stage that no longer fits `--minutes` is left out, with a
 line; when the GPU's context has died, a line says so and the process ends, since every later call would raise. Profiler traces
@@ -49,8 +49,8 @@ class Run:
     """What the stages share: where they write, what they run on, and the seconds of the steps so far, by name."""
 
     def __init__(self, out: Path, options: Options) -> None:
-        from bench.cases.ops import Size
         from bench.models import Model
+        from bench.suites.ops import Size
 
         self.began, self.out, self.options, self.device = time.monotonic(), out, options, options.device
         self.model = Model(options.model, options.device)
@@ -138,7 +138,7 @@ def one_line(error: BaseException) -> str:
 
 STAGES = {"env": 10, "gemm": 45, "attend": 30, "ops": 45, "lora": 60, "lora_cublas": 45, "r1": 50, "lora_512": 40, "full": 60,
           "full_recompute": 40, "r4": 90}  # fmt: skip
-"""Functions of bench/cases/first_stages.py in the order of what they decide, and the seconds that must be left for each to
+"""Functions of bench/suites/first_stages.py in the order of what they decide, and the seconds that must be left for each to
 begin: at full size on a GPU, the kernels' compilation included."""
 FASTER = 30
 """How many times shorter the stages of QUICK=1 are."""
@@ -218,7 +218,7 @@ def stages_of(run: Run, names: Sequence[str], limit: float) -> int:
 
 def guarded(run: Run, name: str) -> None:
     """What the stage raises is a line, and nothing that it held is kept: the error, which holds its frames, ends here."""
-    from bench.cases import first_stages
+    from bench.suites import first_stages
 
     began = time.monotonic()
     try:

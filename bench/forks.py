@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.report.tables import PASSED_ON, step
 from bench.results import ROOT
-from bench.show import PASSED_ON, step
 
 GRACE = 5.0
 """Seconds that the other ranks have once one has failed."""

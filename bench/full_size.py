@@ -260,14 +260,14 @@ def rows_of(part: Part, options: Options, until: float) -> Iterable[Row]:
     from dataclasses import replace
 
     if part.suite == "step":
-        from bench.cases.step import Cell
-        from bench.cases.step import measure as step
+        from bench.suites.step import Cell
+        from bench.suites.step import measure as step
 
         building = 0.25 * max(0.0, until - time.monotonic())  # a variant that begins later would not be finished
         rounds = min(options.rounds or part.rounds, part.rounds) if part.rounds else options.rounds
         options = replace(options, kinds=(part.kind,), rounds=0 if options.quick else rounds)
         return step(options, [Cell()], part.peers, until - building, part.exact)
-    module: Any = importlib.import_module(f"bench.cases.{'ops' if part.suite == 'kernels' else part.suite}")
+    module: Any = importlib.import_module(f"bench.suites.{'ops' if part.suite == 'kernels' else part.suite}")
     return module.measure(options)
 
 
@@ -298,7 +298,7 @@ def merged(rows: Iterable[Row], more: Iterable[Row]) -> list[Row]:
 def report(out: Path) -> None:
     """report.html, and the plots that it shows in one archive; then no file is larger than LARGEST."""
     try:
-        from bench.report import PLOTS, write_report
+        from bench.report.page import PLOTS, write_report
 
         write_report(out)
         with tarfile.open(out / f"{PLOTS}.tar.gz", "w:gz") as archive:

@@ -37,7 +37,7 @@ SUITES = {
     "reproduce": "the paper's result: what each method learns, keeps and loses, with its claims tested",
     "cubins": "registers and shared memory of every kernel, compiled for GPUs that are not here",
 }
-"""Suite -> what it shows. Each is `run(options) -> list[Row]` in bench/cases."""
+"""Suite -> what it shows. Each is `run(options) -> list[Row]` in bench/suites."""
 TOUR = tuple(suite for suite in SUITES if suite not in ("correctness", "cubins", "reproduce"))
 COUNTED = {"cost", "cubins"}
 """Suites that read no model."""
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
 
     try:
         if argv[:1] == ["compare"]:
-            from bench.compare import main as compare
+            from bench.report.compare import main as compare
 
             return compare(argv[1:])
         return bench(argv)
@@ -118,9 +118,9 @@ def measure(suites: Sequence[str], options: Options, out: Path, command: str = "
     import torch
 
     from bench.machine import environment
-    from bench.report import write_report
+    from bench.report.page import write_report
+    from bench.report.tables import progress, show
     from bench.results import Row, failed, write_results
-    from bench.show import progress, show
     from dopsd_fast.errors import UserError
 
     torch.set_num_threads(options.threads)
@@ -154,10 +154,10 @@ def run(suite: str, options: Options, out: Path) -> list[Row]:
 
         return profile_step(options, out)
     if suite == "reproduce":
-        from bench.cases.reproduce import run as reproduce
+        from bench.suites.reproduce import run as reproduce
 
         return reproduce(options, out)
-    return importlib.import_module(f"bench.cases.{MODULES.get(suite, suite)}").run(options)
+    return importlib.import_module(f"bench.suites.{MODULES.get(suite, suite)}").run(options)
 
 
 def parser() -> argparse.ArgumentParser:

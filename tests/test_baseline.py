@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from bench import baseline
-from bench.cases import cost
 from bench.results import Row, failed
+from bench.suites import cost
 from dopsd_fast.errors import UserError
 
 LAUNCHES = Row("cost", "lora", "ours", "launches_per_step", 5000.0, "")

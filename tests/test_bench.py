@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from bench import clock, machine, results, run
-from bench.cases import ops, zero
 from bench.results import Options, Row
+from bench.suites import ops, zero
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import run
-from bench.compare import checked, compare, matched, same_machine
+from bench.report.compare import checked, compare, matched, same_machine
 from bench.results import Row, failed, write_results
 from dopsd_fast.errors import UserError
 

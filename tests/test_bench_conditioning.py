@@ -7,11 +7,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.cases import conditioning
 from bench.models import Model
-from bench.peers import random_encoders
-from bench.peers.random_encoders import RandomEncoders, parameters
+from bench.references import random_encoders
+from bench.references.random_encoders import RandomEncoders, parameters
 from bench.results import Options
+from bench.suites import conditioning
 from dopsd_fast.conditioning.cache import ContextCache
 from tests import tiny
 

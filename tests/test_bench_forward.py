@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.cases import forward, rollout
-from bench.cases.rollout import OurPair, PeerPair
-from bench.cases.workload import Workload
 from bench.models import Model
 from bench.results import Options, Row
+from bench.suites import forward, rollout
+from bench.suites.rollout import OurPair, PeerPair
+from bench.suites.workload import Workload
 from tests import tiny
 
 CPU = torch.device("cpu")

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.cases import ops, optimizer, roofline
 from bench.machine import Ceilings
 from bench.models import Model
 from bench.results import Options, Row
+from bench.suites import ops, optimizer, roofline
 from dopsd_kernels import native_ops
 from dopsd_kernels.divergence_step import divergence_step
 from dopsd_kernels.layernorm_modulate import layernorm_modulate

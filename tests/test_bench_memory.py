@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from bench import forks
-from bench.cases import cost, memory, room
-from bench.cases.workload import Workload
 from bench.results import Options, Row
+from bench.suites import cost, memory, room
+from bench.suites.workload import Workload
 from dopsd_fast.memory_moments import CONTEXT, PROCESS, Machine
 from dopsd_fast.plan import make_plan
 from tests import tiny
@@ -132,7 +132,7 @@ def test_the_suite_measures_in_a_process_of_its_own(monkeypatch):
 def test_a_process_that_fails_says_why(tmp_path):
     """With the last error that it wrote."""
     assert forks.apart("bench.forks:free_port", [], tmp_path / "log", {}) == ""
-    lost = forks.apart("bench.cases.memory:lead", ["{}", "nowhere"], tmp_path / "log", {})
+    lost = forks.apart("bench.suites.memory:lead", ["{}", "nowhere"], tmp_path / "log", {})
     assert lost == "its process ended with 1: KeyError: 'peers'"
 
 

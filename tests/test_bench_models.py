@@ -5,7 +5,7 @@ import torch
 
 from bench import machine
 from bench.models import Model
-from bench.peers.reference_eager import Condition, predict_noise_direction
+from bench.references.reference_eager import Condition, predict_noise_direction
 from dopsd_fast.errors import UserError
 from tests import tiny
 

@@ -211,7 +211,7 @@ def test_a_profiled_step(tmp_path, monkeypatch):
 
 
 def test_a_variant_that_fails_says_so_and_the_others_go_on(tmp_path, monkeypatch):
-    from bench.cases import workload
+    from bench.suites import workload
 
     def broken(*_):
         raise RuntimeError("no room\nfor it")

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import plots, report, show
+from bench.report import page as report
+from bench.report import plots
+from bench.report import tables as show
 from bench.results import Row, failed, write_results
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.cases import sampling
 from bench.results import Options, Row
+from bench.suites import sampling
 from tests import tiny
 
 OPTIONS = Options(str(tiny.shared("zimage")), torch.device("cpu"), quick=True, threads=1)

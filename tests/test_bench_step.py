@@ -15,13 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench import full_size, models, needed
-from bench.cases import correctness, room, step, workload
-from bench.cases.gemm_floor import GemmFloor, Recorder
-from bench.cases.workload import Cell, Workload
 from bench.machine import Ceilings
 from bench.models import Model
-from bench.peers import reference_eager as reference
+from bench.references import reference_eager as reference
 from bench.results import ROOT, Options, Row, failed, read_results, write_results
+from bench.suites import correctness, room, step, workload
+from bench.suites.gemm_floor import GemmFloor, Recorder
+from bench.suites.workload import Cell, Workload
 from dopsd_fast.errors import UserError
 from dopsd_fast.settings import Settings
 from dopsd_kernels import native_ops
@@ -402,7 +402,7 @@ def test_the_headline_is_on_the_disk_before_other_parts_begin(tmp_path, monkeypa
     monkeypatch.setattr(full_size, "LOOKING", 0.05)
     monkeypatch.setattr(full_size, "SCRIPT", changed_script(tmp_path / "..", """
         from bench import models
-        from bench.cases import step
+        from bench.suites import step
         models.RANDOM["zimage-small"] |= {"dim": 64, "n_heads": 1, "n_kv_heads": 1, "n_layers": 1}
         rows = step.Measurement.rows
         def slowly(self):
@@ -420,7 +420,7 @@ def test_a_part_that_dies_keeps_what_it_had(tmp_path, monkeypatch):
     """As when it is stopped, by the same signal, while it measures its third op."""
     monkeypatch.setattr(full_size, "SCRIPT", changed_script(tmp_path, """
         import signal
-        from bench.cases import ops
+        from bench.suites import ops
         def hanging(draw):
             os.kill(os.getpid(), signal.SIGKILL)
         ops.OPS = {name: ops.OPS[name] for name in ("swiglu", "rmsnorm_modulate")} | {"hanging": hanging}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import first_run, needed
-from bench.cases import first_stages
+from bench.suites import first_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = {"cpu_flash"}

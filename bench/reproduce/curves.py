@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.drawing import COLOURS, FAINT, OTHERS, canvas
+from bench.report.drawing import COLOURS, FAINT, OTHERS, canvas
 from bench.reproduce.arms import MAIN, NAMES, OURS, START
 from bench.results import Row
 

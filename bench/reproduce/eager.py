@@ -1,7 +1,8 @@
 """`python -m bench.reproduce.eager RUN SETTING=VALUE ...`: the published step in plain PyTorch, on the trainer's records.
 
 Order, prompts, noise and learning rates are those that the trainer would use with these settings; everything else is
-`bench.peers.reference_eager`: encoders in every step, K graphs, gradient checkpointing, torch's AdamW, the average on the side.
+`bench.references.reference_eager`: encoders in every step, K graphs, gradient checkpointing, torch's AdamW, and the average on
+the side.
 Full fine-tuning on one process. Not resumable: what is there without its last checkpoint is begun anew.
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from bench.peers.reference_eager import ReferenceEncoders, ReferenceStep
+from bench.references.reference_eager import ReferenceEncoders, ReferenceStep
 from dopsd_fast.buckets import item_noise, plan_epoch
 from dopsd_fast.errors import UserError
 from dopsd_fast.families import open_family

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from bench.report.tables import digits
 from bench.reproduce.arms import NAMES, OURS, START
 from bench.results import Row
-from bench.show import digits
 
 COLUMNS = ("fid", "dino_distance", "quality", "aesthetic", "geneval", "dpg")
 HEADS = dict(zip(COLUMNS, ("FID", "DINO dist.", "Quality", "Aesthetic", "GenEval", "DPG")))

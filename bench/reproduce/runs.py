@@ -24,10 +24,10 @@ from typing import Any
 
 from bench.forks import last_error, rank_environment
 from bench.machine import commit
+from bench.report.tables import step
 from bench.reproduce.arms import START, Arm, Budget, best_rate, finalists, next_rate
 from bench.reproduce.subjects import Subject
 from bench.results import ROOT
-from bench.show import step
 from dopsd_fast.errors import UserError
 
 VALIDATION, FINISHED = "validation.json", "finished"

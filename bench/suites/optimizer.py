@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases.roofline import Counted
 from bench.clock import interleaved, kernel_clock, ratios, summary
+from bench.report.tables import step
 from bench.results import Options, Row, Status, failed
-from bench.show import step
+from bench.suites.roofline import Counted
 from dopsd_kernels.adamw_ema import AdamWEMA
 
 SUITE = "optimizer"

@@ -36,10 +36,10 @@ from torch import Tensor, nn
 
 from bench.clock import interleaved, ratios, summary
 from bench.models import Model
-from bench.peers.random_encoders import RandomEncoders
-from bench.peers.reference_eager import Condition, ReferenceEncoders
+from bench.references.random_encoders import RandomEncoders
+from bench.references.reference_eager import Condition, ReferenceEncoders
+from bench.report.tables import step
 from bench.results import Options, Row, failed
-from bench.show import step
 from dopsd_fast.conditioning.cache import ContextCache, Crop
 from dopsd_fast.conditioning.fingerprint import digest
 from dopsd_fast.families import Context, Family, open_family

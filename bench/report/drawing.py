@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from bench.report.tables import read
 from bench.results import Row
-from bench.show import read
 
 WIDTH, DPI = 8.0, 150
 COLOURS = {

@@ -7,7 +7,7 @@ static shapes. Phases: `forward` without gradient, `backward` alone.
 Rows; OP is a case, PHASE a phase, variants "ours", "eager", "compiled":
 
     OP            each    seconds_PHASE, bytes_per_second_PHASE, flops_per_second_PHASE, ceiling_share_PHASE
-    OP            ours    bytes_PHASE, flops_PHASE: the work of a call, the same for all variants (bench/cases/roofline.py)
+    OP            ours    bytes_PHASE, flops_PHASE: the work of a call, the same for all variants (bench/suites/roofline.py)
     OP            each    result_relative_error, gradient_relative_error: against float64 in the 2-norm, the worst of all
     OP/eager      ours    speedup_PHASE: eager's seconds over ours; OP/compiled likewise
     copy          copy    bytes_per_second: the ceiling of memory
@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.cases import roofline
 from bench.machine import ceilings
 from bench.models import WIDE, Model
+from bench.report.tables import step
 from bench.results import Options, Row, failed
-from bench.show import step
+from bench.suites import roofline
 from dopsd_fast.families.zimage_pair import PAD_MULTIPLE
 from dopsd_kernels.attention import attention
 from dopsd_kernels.divergence_step import divergence_step, divergence_step_ref

@@ -1,6 +1,6 @@
 """Results for the eye: rows as tables of one line per case and variant, on the terminal, and the progress of a run.
 
-`grids` decides what stands in which line and column; the terminal and bench/report.py draw the same grids.
+`grids` decides what stands in which line and column; the terminal and bench/report/page.py draw the same grids.
 """
 
 from __future__ import annotations

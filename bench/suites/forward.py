@@ -11,7 +11,7 @@ wide as the published ones "@512px@batch4"):
 
     each            seconds_forward: both velocities, no gradient; tokens_per_second: of student and teacher
     each            seconds_backward: both velocities, the student's with its graph, and the gradients of all that trains
-    each            flops_per_second, ceiling_share, and with _backward: the products' (bench/cases/gemm_floor.py), over the
+    each            flops_per_second, ceiling_share, and with _backward: the products' (bench/suites/gemm_floor.py), over the
                     seconds; their share of a large product's speed in this run
     each            velocity_relative_error, gradient_relative_error: of both velocities and the whole gradient, against float64
                     (for bf16 models against fp32 without TF32)
@@ -31,15 +31,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases.gemm_floor import GemmFloor
-from bench.cases.rollout import OurPair, apart
-from bench.cases.step import compare, compiled_in_part, exactly
-from bench.cases.workload import Cell, Workload, peer, stock_name
 from bench.clock import interleaved, ratios, summary
 from bench.machine import ceilings
 from bench.models import Model
+from bench.report.tables import step as say
 from bench.results import Options, Row, Status, failed
-from bench.show import step as say
+from bench.suites.gemm_floor import GemmFloor
+from bench.suites.rollout import OurPair, apart
+from bench.suites.step import compare, compiled_in_part, exactly
+from bench.suites.workload import Cell, Workload, peer, stock_name
 from dopsd_fast.teacher import TEACHER
 
 SUITE = "forward"

@@ -9,7 +9,7 @@ LoRA's B is not zero. Rows of a case, "lora" or "full", with "@K8" for eight sta
     each       final_state_relative_error, loss_relative_error: of x_K and of the mean loss, against float64 (for bf16 models
                against fp32 without TF32), R1 from the same conditions as the others
     CASE/PEER  ours: speedup, the peer's seconds over ours, round by round
-    student    sampling alone, against the published pipeline: bench/cases/sampling.py
+    student    sampling alone, against the published pipeline: bench/suites/sampling.py
 
 On a GPU each peer is measured in turns with ours alone, since not all fit together, else all together.
 """
@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.cases import sampling
-from bench.cases.step import LEFT_TO_SUITE, MATRIX_PEERS, compiled_in_part, exactly
-from bench.cases.workload import Cell, OurStep, Workload, fill, pair_on_device, peer, stock_name
 from bench.clock import interleaved, ratios, summary
-from bench.peers.reference_eager import STRONGER, Condition, ReferenceStep
+from bench.references.reference_eager import STRONGER, Condition, ReferenceStep
+from bench.report.tables import step as say
 from bench.results import Options, Row, Status, failed
-from bench.show import step as say
+from bench.suites import sampling
+from bench.suites.step import LEFT_TO_SUITE, MATRIX_PEERS, compiled_in_part, exactly
+from bench.suites.workload import Cell, OurStep, Workload, fill, pair_on_device, peer, stock_name
 from dopsd_fast.objective import StepInputs, make_objective
 from dopsd_fast.settings import Settings
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from bench.breakdown import break_down, traced
-from bench.cases import ops as cases
-from bench.cases import roofline
-from bench.cases.workload import Cell, OurStep, PeerStep, Workload
 from bench.clock import synchronize
-from bench.peers.reference_eager import STRONGER
+from bench.references.reference_eager import STRONGER
+from bench.suites import ops as kernels
+from bench.suites import roofline
+from bench.suites.workload import Cell, OurStep, PeerStep, Workload
 from dopsd_kernels import pair_linear
 from dopsd_kernels.adamw_ema_triton import Hyper, adamw_ema
 from dopsd_kernels.attention import attention_fwd
@@ -84,7 +84,7 @@ def gemm(run: Run) -> None:
         run.free()
 
 
-def product_rates(run: Run, size: cases.Size, n: int, k: int, members: int) -> dict[str, Any]:
+def product_rates(run: Run, size: kernels.Size, n: int, k: int, members: int) -> dict[str, Any]:
     r, tokens, teacher_tokens = size.rank, size.sequences * size.length, size.sequences * size.teacher_length
     x, x_t = run.draw(tokens, k), run.draw(teacher_tokens, k)
     w = [run.draw(n, k, scale=k**-0.5) for _ in range(members)]
@@ -179,7 +179,7 @@ def ops(run: Run) -> None:
     and its error beside eager's."""
     for name in OPS:
         try:
-            run.say("ops", op=name, **speed_and_errors(run, cases.OPS[name]))
+            run.say("ops", op=name, **speed_and_errors(run, kernels.OPS[name]))
         except Exception as error:  # a kernel that does not compile hides no other
             run.fail("ops", error, op=name)
         run.free()
@@ -187,9 +187,9 @@ def ops(run: Run) -> None:
     optimizer(run)
 
 
-def speed_and_errors(run: Run, build: Callable[[cases.Draw], cases.Op]) -> dict[str, float]:
-    op = build(cases.Draw(run.size, run.device, run.dtype))
-    work = roofline.work(build(cases.Draw(run.size, torch.device("meta"), run.dtype)))
+def speed_and_errors(run: Run, build: Callable[[kernels.Draw], kernels.Op]) -> dict[str, float]:
+    op = build(kernels.Draw(run.size, run.device, run.dtype))
+    work = roofline.work(build(kernels.Draw(run.size, torch.device("meta"), run.dtype)))
     row: dict[str, float] = {}
     exact = roofline.outcome(op.eager, op.to(torch.float64).tensors)
     for variant, function in (("ours", op.ours), ("eager", op.eager)):

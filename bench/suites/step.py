@@ -2,12 +2,12 @@
 
 Same weights, noise, prompts and pictures for all; every step holds the K states, clipping, AdamW, the EMA and the
 teacher's refresh. R1 runs its encoders in every step, the others have the conditions computed once. Rows of a case, "lora"
-or "full" with "@" and what differs from the standard configuration (`MATRIX`, and bench/cases/workload.py):
+or "full" with "@" and what differs from the standard configuration (`MATRIX`, and bench/suites/workload.py):
 
     each       seconds_per_step, states_per_second (K * batch / seconds), samples_per_second, flops_per_second, mfu, on an H100
                or H200 mfu_nominal, on a GPU peak_bytes: all that it holds and allocates, R1 with its encoders
     each       gradient_relative_error, gradient_one_minus_cosine: of the whole gradient against the exact one
-    floor      seconds_per_step, gemm_gflop_per_step: the step's matrix products alone (bench/cases/gemm_floor.py)
+    floor      seconds_per_step, gemm_gflop_per_step: the step's matrix products alone (bench/suites/gemm_floor.py)
     ours, R1   floor_share, encoders_share: of their seconds
     CASE/PEER  ours: speedup, the peer's seconds over ours, round by round where both fit the device
 
@@ -29,16 +29,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import room
-from bench.cases.gemm_floor import GemmFloor
-from bench.cases.workload import Cell, OurStep, PeerStep, Workload, peer, runner, stock_name
 from bench.clock import interleaved, ratios, summary
 from bench.machine import ceilings
 from bench.models import WIDE, Model
-from bench.peers.float64 import wide
-from bench.peers.reference_eager import STRONGER
+from bench.references.float64 import wide
+from bench.references.reference_eager import STRONGER
+from bench.report.tables import step as say
 from bench.results import Options, Row, Status, failed
-from bench.show import step as say
+from bench.suites import room
+from bench.suites.gemm_floor import GemmFloor
+from bench.suites.workload import Cell, OurStep, PeerStep, Workload, peer, runner, stock_name
 from dopsd_fast.errors import UserError
 
 __all__ = ["MATRIX", "Cell", "Measurement", "OurStep", "PeerStep", "Workload", "cells", "measure", "peer", "run", "runner"]

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.drawing import (
+from bench.report.drawing import (
     BAD,
     COLOURS,
     DPI,
@@ -41,9 +41,9 @@ from bench.drawing import (
     spread_out,
     times_axis,
 )  # fmt: skip
+from bench.report.tables import digits, heading
 from bench.reproduce.curves import curves, states, teachers
 from bench.results import Row
-from bench.show import digits, heading
 
 PART_COLOURS = {
     "gemm": "#0072B2", "attention": "#56B4E9", "elementwise": "#E69F00", "optimizer": "#009E73", "communication": "#CC79A7",
@@ -393,7 +393,7 @@ def name_points(axes: Any, found: Sequence[tuple[str, str, float, Row]], low: fl
 
 def cost(rows: Sequence[Row], environment: Mapping[str, Any]) -> Any:
     """Every count over its target: left of 1 it is met."""
-    from bench.cases.cost import TARGETS
+    from bench.suites.cost import TARGETS
 
     found = {row.key[1:]: row for row in rows if row.suite == "cost" and row.value}
     cases = [case for case in dict.fromkeys(case for case, _, _ in found) if (case, "ours", TARGETS[0].metric) in found]

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.cases.meta_trace import FREE, GATHERS, _written, cost_of, moved
 from bench.clock import interleaved, kernel_clock, ratios, summary
 from bench.machine import Ceilings
 from bench.results import Options, Row, Status, failed
+from bench.suites.meta_trace import FREE, GATHERS, _written, cost_of, moved
 from dopsd_kernels import launch, native_ops
 from dopsd_kernels.attention import choose_attention
 
@@ -74,7 +74,7 @@ class Counted(TorchDispatchMode):
 
 
 def work(op: Any) -> dict[str, Work]:
-    """By phase, of an op (bench.cases.ops.Op) with meta tensors. An op without gradients has no backward."""
+    """By phase, of an op (bench.suites.ops.Op) with meta tensors. An op without gradients has no backward."""
     ours, eager = (_count(function, op.tensors) for function in (op.ours, op.eager))
     return {phase: Work(found.bytes, found.flops or eager[phase].arithmetic) for phase, found in ours.items()}
 

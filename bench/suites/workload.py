@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.models import Model
-from bench.peers.reference_eager import STRONGER, Adapter, Condition, ReferenceEncoders, ReferenceStep
+from bench.references.reference_eager import STRONGER, Adapter, Condition, ReferenceEncoders, ReferenceStep
 from bench.results import Options
 from dopsd_fast.errors import UserError
 from dopsd_fast.families import Context, Family
@@ -110,7 +110,7 @@ class Workload:
             found = ReferenceEncoders(folder, self.family.vlm_folder, device=model.device, dtype=model.dtype,
                                       max_pixels=model.shown_pixels)  # fmt: skip
         else:
-            from bench.peers.random_encoders import RandomEncoders
+            from bench.references.random_encoders import RandomEncoders
 
             found = RandomEncoders(self.model)
         return FixedLength(found, standard.text_tokens, standard.teacher_tokens)

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from bench.report.tables import TIMES, WIDTH, digits, read
 from bench.results import Row, Status, read_results
-from bench.show import TIMES, WIDTH, digits, read
 from dopsd_fast.errors import UserError
 
 if TYPE_CHECKING:

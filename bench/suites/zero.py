@@ -5,7 +5,7 @@ Cases, of `ours`:   full            ZeRO-3, gather=sweep, activations=recompute
                     full/unit       ZeRO-3, gather=unit
                     full/stage0 ... full/stage2, and .../offload: optimizer and average in CPU memory
                     lora            ZeRO-3, gather=step; lora/unit, lora/stage0, lora/stage2 as above
-`plain` is peers/plain_zero.py, the arrangement that one would write first; its gathers are shown in each case that it is
+`plain` is references/plain_zero.py, the arrangement that one would write first; its gathers are shown in each case that it is
 compared with. Every arrangement steps on the same noise and contexts (K = 4 states, at most two pictures a rank); its first
 loss, which depends on no update and on no random adapter, must be plain's. Other numbers of ranks than 2 are in the case's
 name, as full@4_ranks. The tour measures full, full/resident, lora and plain's full.
@@ -51,8 +51,8 @@ from bench.arrangements import Arrangement, arrangements
 from bench.clock import summary
 from bench.forks import apart, fork, free_port, last_error, rank_environment, wait
 from bench.models import Model
+from bench.report.tables import step, tell_parent
 from bench.results import Options, Row, failed
-from bench.show import step, tell_parent
 from dopsd_fast.errors import UserError
 
 COUNTS = {"gathers_per_step": "", "gathers_of_one_weight_per_step": "", "gathers_for_average_per_step": "",
@@ -171,7 +171,7 @@ def launch(device: str, jobs: Sequence[Job]) -> list[list[dict[str, Any]] | Rank
         work = {"device": device, "jobs": [asdict(job) | {"said": str(job)} for job in jobs]}
         (folder / "work.json").write_text(json.dumps(work))
         environment = {"DS_ACCELERATOR": "cpu"} if device == "cpu" else {}
-        lost = apart("bench.cases.zero:lead", [name], folder / "log", environment)
+        lost = apart("bench.suites.zero:lead", [name], folder / "log", environment)
         return [_result(folder, number, job.world, lost) for number, job in enumerate(jobs)]
 
 
@@ -221,7 +221,7 @@ def lead(folder: str) -> None:
 
 def _spawn(call: partial[None], environment: dict[str, str], log: Path) -> int:
     """As `fork`, in a process of its own: CUDA does not survive a fork."""
-    program = f"from bench.cases import zero; zero.{call.func.__name__}(*{call.args!r})"
+    program = f"from bench.suites import zero; zero.{call.func.__name__}(*{call.args!r})"
     output = [(os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), (os.POSIX_SPAWN_DUP2, 1, 2)]
     return os.posix_spawn(sys.executable, [sys.executable, "-c", program], os.environ | environment, file_actions=output)
 

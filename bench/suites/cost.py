@@ -2,7 +2,7 @@
 
 Z-Image-Turbo at its full size in bf16, 1024x1024 pixels (latent 16 x 128 x 128), batch 1, text 256 and teacher 768 tokens,
 K = 4 states, LoRA r64 alpha 128 and full fine-tuning, activations kept (no recomputation). `R1` is the published step,
-bench/peers/reference_eager.py; `ours` the pair forward under the D-OPSD objective, with the engine's own clipping, AdamW,
+bench/references/reference_eager.py; `ours` the pair forward under the D-OPSD objective, with the engine's own clipping, AdamW,
 EMA and teacher refresh, one process, DeepSpeed itself left out. How a kernel is counted: meta_trace.py.
 
     launches_per_step                           kernels and GEMMs, optimizer included, encoders not; R1 as published,
@@ -32,10 +32,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases.meta_trace import Trace
-from bench.peers.reference_eager import ZIMAGE_TARGETS, Adapter, Condition, ReferenceStep, StepResult
+from bench.references.reference_eager import ZIMAGE_TARGETS, Adapter, Condition, ReferenceStep, StepResult
+from bench.report.tables import step as showing
 from bench.results import Options, Row, failed
-from bench.show import step as showing
+from bench.suites.meta_trace import Trace
 from dopsd_kernels.costs import Cost
 
 GRID = [0.0, 0.1, 0.25, 0.5, 1.0]  # K = 4, shift 3

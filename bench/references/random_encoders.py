@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.models import WIDE, Model
-from bench.peers.reference_eager import Condition
+from bench.references.reference_eager import Condition
 
 LANGUAGE = dict(
     vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,

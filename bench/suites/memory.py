@@ -43,14 +43,14 @@ import torch
 
 from bench import forks
 from bench.arrangements import Memory
-from bench.cases import cost
-from bench.cases.room import ENCODERS
-from bench.cases.step import compiled_in_part
-from bench.cases.workload import Cell, OurStep, Workload, peer
-from bench.peers.reference_eager import Condition
+from bench.references.reference_eager import Condition
+from bench.report.tables import step as say
+from bench.report.tables import tell_parent
 from bench.results import Options, Row, Status, failed
-from bench.show import step as say
-from bench.show import tell_parent
+from bench.suites import cost
+from bench.suites.room import ENCODERS
+from bench.suites.step import compiled_in_part
+from bench.suites.workload import Cell, OurStep, Workload, peer
 from dopsd_fast.memory_moments import Machine
 from dopsd_fast.memory_trace import LiveBytes, Shapes, on_meta, published_family
 from dopsd_fast.memory_trace import measure as trace

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.peers.reference_eager import Adapter, Condition, predict_noise_direction
+from bench.references.reference_eager import Adapter, Condition, predict_noise_direction
 
 LIKE_A_LARGE_MODEL = {
     "stage3_param_persistence_threshold": 0,

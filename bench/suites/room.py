@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from bench.cases.workload import Workload
+    from bench.suites.workload import Workload
 
 USABLE = 0.92
 """Of the device's memory: the rest is the CUDA context and what fragmentation costs."""

@@ -1,4 +1,4 @@
-"""`python -m bench.report DIR`: report.html of a folder of results, one file that needs nothing else and no network.
+"""report.html of a folder of results, one file that needs nothing else and no network.
 
 `bench/run.py` writes it after every run. It holds the headline, the machine, what failed or fell back, every suite's tables and
 plots, and all rows as they are in results.json.
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.report.tables import Cell, Grid, Note, counts, digits, grids, notes, read, title, took
 from bench.results import Row, read_results
-from bench.show import Cell, Grid, Note, counts, digits, grids, notes, read, title, took
 
 FILE, TEMPLATE = "report.html", "report.html.j2"
 PLOTS = "plots"
@@ -103,7 +103,7 @@ def write_report(folder: Path) -> Path:
     """Draws the plots of `folder`/results.json into `folder`/plots, writes `folder`/report.html. ValueError: no results."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    from bench.plots import SHOWN_IN, draw
+    from bench.report.plots import SHOWN_IN, draw
 
     facts, rows = read_results(folder)
     made = [*draw(rows, facts, folder / PLOTS), *sorted((folder / PLOTS).glob("reproduce_grid_*.png"))]
@@ -219,7 +219,3 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

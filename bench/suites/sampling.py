@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases.step import exactly
-from bench.cases.workload import Cell
 from bench.clock import interleaved, ratios, summary
 from bench.models import Model
-from bench.peers.reference_eager import Condition, predict_noise_direction
+from bench.references.reference_eager import Condition, predict_noise_direction
+from bench.report.tables import step as say
 from bench.results import Options, Row, Status, failed
-from bench.show import step as say
+from bench.suites.step import exactly
+from bench.suites.workload import Cell
 from dopsd_fast.sampling import rollout
 from dopsd_fast.settings import Settings
 from dopsd_fast.teacher import STUDENT, build_pair

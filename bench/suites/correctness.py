@@ -17,12 +17,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bench.cases import ops, roofline
-from bench.cases.step import exactly
-from bench.cases.workload import Cell, OurStep, Workload, peer
 from bench.models import Model
+from bench.report.tables import step as say
 from bench.results import Options, Row, failed
-from bench.show import step as say
+from bench.suites import ops, roofline
+from bench.suites.step import exactly
+from bench.suites.workload import Cell, OurStep, Workload, peer
 
 SUITE = "correctness"
 RULE = 2.0
