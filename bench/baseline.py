@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
-from bench.results import ROOT, Options, Row
+from bench.results import ROOT, Options, Row, merged
 from dopsd_fast.errors import UserError
 
 FILE = ROOT / "bench" / "baseline.json"
@@ -55,7 +55,7 @@ def measure() -> list[Row]:
     cpu = torch.device("cpu")
     rows = [row for kind in KINDS for row in cost.ours(kind, cost.Size())]
     rows += [row for kind in KINDS for row in memory.counted(kind, Options("nano", cpu, threads=torch.get_num_threads()))]
-    return rows + zero.run(Options("nano", cpu, tour=True, quick=True))
+    return rows + merged(zero.measure(Options("nano", cpu, tour=True, quick=True)))
 
 
 def counts(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:

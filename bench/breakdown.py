@@ -37,7 +37,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.clock import interleaved, summary, synchronize
-from bench.report.tables import step
+from bench.live import say
 from bench.results import Options, Row, Status, failed
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def profile_step(options: Options, out: Path) -> list[Row]:
     for kind in options.kinds:
         for variant in VARIANTS:
             case = f"{kind}{work.suffix}"
-            step(f"profile: {kind}, {variant}")
+            say(f"profile: {kind}, {variant}")
             work.forget_encoders()
             try:
                 rows += profile_variant(case, kind, variant, work, out / "profile" / f"{kind}-{variant}.json")

@@ -42,6 +42,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
     if missing:
         print(f"not installed here, what needs them falls back: {', '.join(missing)}", flush=True)
     from bench.machine import environment
-    from bench.results import FILE, read_results, write_results
+    from bench.results import FILE, merged, read_results, write_results
     from dopsd_fast.errors import UserError
 
     try:
@@ -122,7 +123,7 @@ def main(argv: Sequence[str]) -> int:
 
     def write(found: Iterable[Row]) -> list[Row]:
         """Everything so far and what a part has found so far, to the disk."""
-        both = merged(rows, found)
+        both = merged([*rows, *found])
         write_results(out, facts | {"seconds": time.monotonic() - began}, both)
         return both
 
@@ -204,8 +205,10 @@ def measure(
                     pass
             if process.returncode:
                 why = f"its process ended with {process.returncode}, see log.txt"
-        finally:
-            end(process)
+        finally:  # and what it started, compilers among them
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     rows = saved(file)
     file.unlink(missing_ok=True)
     seconds = time.monotonic() - begun
@@ -214,15 +217,6 @@ def measure(
     else:
         rows.append(Row(part.suite, part.name, "ours", "part_seconds", seconds, "s"))
     return rows
-
-
-def end(process: subprocess.Popen[Any]) -> None:
-    """Ends a part and what it started, compilers among them."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
 
 
 def run_part(arguments: argparse.Namespace) -> int:
@@ -284,15 +278,6 @@ def saved(file: Path) -> list[Row]:
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------
-
-
-def merged(rows: Iterable[Row], more: Iterable[Row]) -> list[Row]:
-    """One row of each key: the first of those with most measurements, a failed one only if there is no other."""
-    found: dict[Any, Row] = {}
-    for row in (*rows, *more):
-        if row.key not in found or found[row.key].status == "failed" or found[row.key].n < row.n:
-            found[row.key] = row
-    return list(found.values())
 
 
 def report(out: Path) -> None:

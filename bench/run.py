@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,44 +111,49 @@ def bench(argv: list[str]) -> int:
 
 
 def measure(suites: Sequence[str], options: Options, out: Path, command: str = "", profile: bool = False) -> list[Row]:
-    """Runs the suites in order, shows the rows of each and writes `out` after each. What a suite cannot do is a row of status
-    "failed"; a suite that fails as a whole is one row, too. UserError, of the first suite, ends it all: bad options.
+    """Runs the suites in order and shows the rows of each; `out` has every row soon after it was measured. What a suite
+    cannot do is a row of status "failed"; a suite that fails as a whole is one row, too. UserError, of the first
+    suite, ends it all: bad options.
 
     command: what repeats the run, for the report."""
     import torch
 
+    from bench.live import live
     from bench.machine import environment
     from bench.report.page import write_report
-    from bench.report.tables import progress, show
+    from bench.report.tables import console_of, show
     from bench.results import Row, failed, write_results
     from dopsd_fast.errors import UserError
 
     torch.set_num_threads(options.threads)
     facts, started = environment(options) | ({"command": command} if command else {}), time.perf_counter()
-    rows: list[Row] = []
     names = [*suites, *(["profile"] if profile else [])]
-    with progress(names) as bar:
+
+    def write(rows: Sequence[Row]) -> None:
+        write_results(out, facts | {"seconds": time.perf_counter() - started}, rows)
+
+    with live(names, write, console_of()) as run:
         for number, suite in enumerate(names):
-            bar.begin(suite)
+            run.begin(suite)
             begun = time.perf_counter()
             try:
-                found = run(suite, options, out)
-            except UserError:
+                for row in rows_of(suite, options, out):
+                    run.add(row)
+            except UserError as error:
                 if number == 0:
                     raise
-                found = [failed(suite, suite, "ours", WHOLE, "", sys.exc_info()[1] or "")]
+                run.add(failed(suite, suite, "ours", WHOLE, "", error))
             except Exception as error:
-                found = [failed(suite, suite, "ours", WHOLE, "", error)]
-            found.append(Row(suite, suite, "ours", "suite_seconds", time.perf_counter() - begun, "s"))
-            show(suite, found)
-            rows += found
-            bar.end(suite)
-            write_results(out, facts | {"seconds": time.perf_counter() - started}, rows)
+                run.add(failed(suite, suite, "ours", WHOLE, "", error))
+            run.add(Row(suite, suite, "ours", "suite_seconds", time.perf_counter() - begun, "s"))
+            run.flush()
+            show(suite, [row for row in run.rows if row.suite == suite])
     print(f"written: {out / 'results.json'}, results.csv, {write_report(out).name}")
-    return rows
+    return run.rows
 
 
-def run(suite: str, options: Options, out: Path) -> list[Row]:
+def rows_of(suite: str, options: Options, out: Path) -> Iterable[Row]:
+    """As they are found."""
     if suite == "profile":
         from bench.breakdown import profile_step
 
@@ -157,7 +162,8 @@ def run(suite: str, options: Options, out: Path) -> list[Row]:
         from bench.suites.reproduce import run as reproduce
 
         return reproduce(options, out)
-    return importlib.import_module(f"bench.suites.{MODULES.get(suite, suite)}").run(options)
+    module = importlib.import_module(f"bench.suites.{MODULES.get(suite, suite)}")
+    return module.measure(options) if hasattr(module, "measure") else module.run(options)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,6 +1,5 @@
 """Tables, progress, plots and report of the benchmark, on rows that are made up."""
 
-import io
 import json
 import re
 import subprocess
@@ -154,49 +153,6 @@ def test_the_terminals_tables_keep_to_the_width(suite, width, capsys):
 def test_no_rows_are_said_to_be_none(capsys):
     show.show("step", [])
     assert capsys.readouterr().out.split() == ["step", "no", "results"]
-
-
-# ---- progress --------------------------------------------------------------------------------------------------------
-
-
-def test_progress_without_a_terminal_is_a_line_per_suite(capsys):
-    show.step("nobody listens")
-    with show.progress(["kernels", "step"]) as bar:
-        for suite in bar.suites:
-            bar.begin(suite)
-            show.step("something")
-            show.show(suite, of(suite)[:1])
-            bar.end(suite)
-    out, err = capsys.readouterr()
-    assert err.splitlines() == ["[1/2] kernels ...", "[2/2] step ..."]
-    assert "something" not in out and "\x1b" not in out
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_tables_and_the_live_bar_share_a_terminal(monkeypatch, capsys):
-    screen = Terminal()
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr(sys, "stdout", screen)
-    with pytest.raises(KeyError):
-        with show.progress(["step", "cost"]) as bar:
-            bar.begin("step")
-            show.step("lora: R1 [not markup]")
-            bar.progress.refresh()
-            show.show("step", of("step"))
-            print("printed meanwhile")
-            bar.end("step")
-            raise KeyError
-    said = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
-    for text in ("[1/2] step", "lora: R1 [not markup]", "516 ms", "printed meanwhile"):
-        assert text in said
-    assert capsys.readouterr().err == "" and show._bar is None
-    assert screen.getvalue().rstrip().endswith("\x1b[?25h")  # the cursor is back
 
 
 # ---- plots -----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from bench import full_size, models, needed
 from bench.machine import Ceilings
 from bench.models import Model
 from bench.references import reference_eager as reference
-from bench.results import ROOT, Options, Row, failed, read_results, write_results
+from bench.results import ROOT, Options, Row, read_results, write_results
 from bench.suites import correctness, room, step, workload
 from bench.suites.gemm_floor import GemmFloor, Recorder
 from bench.suites.workload import Cell, Workload
@@ -480,18 +480,6 @@ def test_a_part_that_takes_too_long_is_stopped(tmp_path):
     part = full_size.Part("correctness", "correctness", 0, 1)
     (row,) = full_size.measure(part, full_size.parser().parse_args(["--out", str(tmp_path), *SMALL]), 100.0)
     assert (row.status, row.note) == ("failed", "stopped after 1 s")
-
-
-def test_rows_of_several_parts_become_one_set():
-    def row(variant: str, value: float) -> Row:
-        return Row("step", "lora", variant, "seconds_per_step", value, "s")
-
-    lost = failed("step", "lora", "R2", "seconds_per_step", "s", "out of time")
-    rows = full_size.merged([row("ours", 1.0), lost], [row("ours", 2.0), row("R2", 3.0)])
-    assert [(one.variant, one.value) for one in rows] == [("ours", 1.0), ("R2", 3.0)]
-    assert full_size.merged(rows, [lost]) == rows
-    often = replace(row("ours", 4.0), n=20)
-    assert full_size.merged(rows, [often]) == [often, rows[1]] == full_size.merged([often], rows)
 
 
 def test_numbers_that_are_none_are_failures():

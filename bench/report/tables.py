@@ -1,4 +1,4 @@
-"""Results for the eye: rows as tables of one line per case and variant, on the terminal, and the progress of a run.
+"""Results for the eye: rows as tables of one line per case and variant, on the terminal.
 
 `grids` decides what stands in which line and column; the terminal and bench/report/page.py draw the same grids.
 """
@@ -8,16 +8,15 @@ from __future__ import annotations
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bench import live
 from bench.results import Row
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress, TaskID
 
 WIDTH = 120
 """Columns of output that goes to no terminal."""
@@ -32,8 +31,6 @@ DETAILS = ("bytes_per_second", "flops_per_second", "samples_per_second", "bytes_
 PLOTTED = "curve_"
 """How metrics begin that are for plots: points of curves, in no table."""
 CEILINGS = ("copy", "gemm")
-PASSED_ON = "measuring: "
-"""How a line begins by which a process tells the one that started it what it measures."""
 SUITE_SECONDS = "suite_seconds"
 """The metric of the row that says how long a suite took: it stands in the title."""
 MARKS = {"ok": "", "fallback": "*", "failed": ""}
@@ -274,7 +271,7 @@ def show(suite: str, rows: Sequence[Row], width: int | None = None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = _bar.console if isinstance(_bar, Bar) else _console(width)
+    console = live.console() or console_of(width)
     console.print()
     console.print(Text(suite, style="bold"), Text(f"  {took(rows)}" if rows else "  no results", style="dim"), sep="")
     for grid in grids(rows, console.width, details=False):
@@ -313,92 +310,8 @@ def _drawn(cell: Cell | None, inline: bool) -> Any:
     return text.append(f"{' ' if inline else chr(10)}{cell.spread}", style="dim") if cell.spread else text
 
 
-def _console(width: int | None = None, stderr: bool = False) -> Console:
+def console_of(width: int | None = None) -> Console:
+    """Standard output; `width` columns, WIDTH where it is no terminal."""
     from rich.console import Console
 
-    stream = sys.stderr if stderr else sys.stdout
-    if width is None and not stream.isatty():
-        width = WIDTH
-    return Console(width=width, stderr=stderr, highlight=False)
-
-
-# ---- progress --------------------------------------------------------------------------------------------------------
-
-
-class Bar:
-    """Progress over the suites; made by `progress`."""
-
-    def __init__(self, suites: Sequence[str], console: Console) -> None:
-        self.suites = list(suites)
-        self.console = console
-        self.progress: Progress | None = None
-        self.task: TaskID | None = None
-
-    def begin(self, suite: str) -> None:
-        where = f"[{self.suites.index(suite) + 1}/{len(self.suites)}] {suite}"
-        if self.progress is None:
-            print(f"{where} ...", file=sys.stderr, flush=True)
-        elif self.task is not None:
-            self.progress.update(self.task, description=where, status="")
-
-    def end(self, suite: str) -> None:
-        if self.progress is not None and self.task is not None:
-            self.progress.update(self.task, completed=self.suites.index(suite) + 1, status="")
-
-    def step(self, text: str) -> None:
-        if self.progress is not None and self.task is not None:
-            self.progress.update(self.task, status=text)
-
-
-_bar: Bar | Telling | None = None
-
-
-@contextmanager
-def progress(suites: Sequence[str]) -> Iterator[Bar]:
-    """A live bar over the suites, with the time since the start and what `step` says; on anything but a terminal one line on
-    stderr for each suite begun.
-
-        with progress(suites) as bar:
-            for suite in suites:
-                bar.begin(suite)
-                show(suite, run(suite))
-                bar.end(suite)
-    """
-    global _bar
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Column
-
-    console = _console()
-    bar = Bar(suites, console)
-    before, _bar = _bar, bar
-    try:
-        if not console.is_terminal or console.is_dumb_terminal:
-            yield bar
-            return
-        status = TextColumn("{task.fields[status]}", style="dim", markup=False,
-                            table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))  # fmt: skip
-        name = TextColumn("{task.description}", markup=False)
-        with Progress(name, BarColumn(bar_width=20), TimeElapsedColumn(), status, console=console, expand=True) as bar.progress:
-            bar.task = bar.progress.add_task("", total=len(bar.suites), status="")
-            yield bar
-    finally:
-        _bar = before
-
-
-class Telling:
-    """Stands for the bar in a process that `forks.apart` started."""
-
-    def step(self, text: str) -> None:
-        print(f"{PASSED_ON}{text}", flush=True)
-
-
-def tell_parent() -> None:
-    """From now on `step` of this process is that of the process that started it."""
-    global _bar
-    _bar = Telling()
-
-
-def step(text: str) -> None:
-    """What is being measured now: the status of the live bar; nothing where there is none."""
-    if _bar is not None:
-        _bar.step(text)
+    return Console(width=width or (None if sys.stdout.isatty() else WIDTH), highlight=False)

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.forks import last_error, rank_environment
+from bench.live import say
 from bench.machine import commit
-from bench.report.tables import step
 from bench.reproduce.arms import START, Arm, Budget, best_rate, finalists, next_rate
 from bench.reproduce.subjects import Subject
 from bench.results import ROOT
@@ -202,7 +202,7 @@ class Plan:
         run = self.run(arm.name, rate, seed)
         if (run / "export").exists():
             return
-        step(f"{arm.says}, learning rate {rate:g}, seed {seed}: {self.budget.steps} steps")
+        say(f"{arm.says}, learning rate {rate:g}, seed {seed}: {self.budget.steps} steps")
         words = self.words(arm, rate, seed)
         if arm.trained_by == "eager":
             command = ["-m", "bench.reproduce.eager", str(run), *words]
@@ -214,7 +214,7 @@ class Plan:
         out = self.drawn(arm, rate, seed)
         if final and (out / FINISHED).exists():
             return
-        step(f"{out.name}: pictures")
+        say(f"{out.name}: pictures")
         out.mkdir(parents=True, exist_ok=True)
         job = out / "job.json"
         job.write_text(json.dumps(self.subject.job(run, out, self.budget, curve, final)))

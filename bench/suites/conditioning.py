@@ -35,10 +35,10 @@ import torch
 from torch import Tensor, nn
 
 from bench.clock import interleaved, ratios, summary
+from bench.live import say
 from bench.models import Model
 from bench.references.random_encoders import RandomEncoders
 from bench.references.reference_eager import Condition, ReferenceEncoders
-from bench.report.tables import step
 from bench.results import Options, Row, failed
 from dopsd_fast.conditioning.cache import ContextCache, Crop
 from dopsd_fast.conditioning.fingerprint import digest
@@ -156,7 +156,7 @@ def measure(
 ) -> tuple[list[Row], dict[str, Batch]]:
     """Rows of everything but the errors, and each variant's contexts, on the CPU."""
     case = CASE + model.suffix
-    step("conditioning: loading the encoders")
+    say("conditioning: loading the encoders")
     standing = Standing(model)
     made: list[Path] = []
 
@@ -180,7 +180,7 @@ def measure(
         calls["R1"] = as_published
     except Exception as error:
         rows.append(failed(SUITE, case, "R1", "seconds_per_batch", "s", error))
-    step("conditioning: contexts of a batch")
+    say("conditioning: contexts of a batch")
     contexts = {name: on_cpu(call()) for name, call in calls.items()}
     seconds = interleaved(calls, options.repeats(15, 5), 2, options.device, options.clock)
     for name, values in seconds.items():
@@ -190,7 +190,7 @@ def measure(
         rows.append(Row(SUITE, f"{CASE}/every_step{model.suffix}", name, "speedup", unit="x", **summary(gain)))
         rows.append(Row(SUITE, case, name, "difference_from_encoders", difference(contexts[name], contexts["every_step"]), ""))
 
-    step("conditioning: building the cache")
+    say("conditioning: building the cache")
     once: dict[str, Callable[[], Any]] = {
         "memory": partial(build, "memory"), "disk": partial(build, "disk"),
         "reopen": partial(Cached, "disk", standing, records, model, full),
@@ -257,7 +257,7 @@ def difference(found: Batch, expected: Batch) -> float:
 def errors(model: Model, records: list[tuple[str, Crop]], contexts: dict[str, Batch]) -> list[Row]:
     """context_relative_error of each variant."""
     case, metric = CASE + model.suffix, "context_relative_error"
-    step("conditioning: the encoders in float64")
+    say("conditioning: the encoders in float64")
     gc.collect()
     if model.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -17,8 +17,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from bench.live import say
 from bench.models import Model
-from bench.report.tables import step as say
 from bench.results import Options, Row, failed
 from bench.suites import ops, roofline
 from bench.suites.step import exactly

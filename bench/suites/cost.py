@@ -32,8 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.live import say
 from bench.references.reference_eager import ZIMAGE_TARGETS, Adapter, Condition, ReferenceStep, StepResult
-from bench.report.tables import step as showing
 from bench.results import Options, Row, failed
 from bench.suites.meta_trace import Trace
 from dopsd_kernels.costs import Cost
@@ -71,13 +71,13 @@ def run(options: Options) -> list[Row]:
     size = Size(layers=2, states=2) if options.quick else Size()
     rows: list[Row] = []
     for kind in options.kinds:
-        showing(f"{kind}, ours")
+        say(f"{kind}, ours")
         mine = ours(kind, size)
-        showing(f"{kind}, R1")
+        say(f"{kind}, R1")
         theirs = _rows(kind, "R1", partial(reference_metrics, kind, size))
         rows += (mine if options.quick else [judged(row) for row in mine]) + theirs
     if not options.quick:
-        showing("encoders")
+        say("encoders")
         rows += _rows("encoders", "R1", lambda: [("launches_per_step", float(encoder_launches()), "")])
     return rows
 

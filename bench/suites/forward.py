@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 from bench.clock import interleaved, ratios, summary
+from bench.live import say
 from bench.machine import ceilings
 from bench.models import Model
-from bench.report.tables import step as say
 from bench.results import Options, Row, Status, failed
 from bench.suites.gemm_floor import GemmFloor
 from bench.suites.rollout import OurPair, apart

@@ -43,9 +43,8 @@ import torch
 
 from bench import forks
 from bench.arrangements import Memory
+from bench.live import say, tell_parent
 from bench.references.reference_eager import Condition
-from bench.report.tables import step as say
-from bench.report.tables import tell_parent
 from bench.results import Options, Row, Status, failed
 from bench.suites import cost
 from bench.suites.room import ENCODERS
@@ -84,26 +83,24 @@ def measured_all(options: Options) -> Iterator[Row]:
         yield from measured(kind, options)
 
 
-def measured_apart(options: Options) -> list[Row]:
+def measured_apart(options: Options) -> Iterator[Row]:
     """`measured_all` in a process of its own, whose forks inherit no threads and process groups of other suites.
-    RuntimeError: it failed as a whole."""
+    ChildFailed: it did not come to its end."""
     work = asdict(options) | {"device": str(options.device), "threads": 1}
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rows.json"
-        lost = forks.apart(f"{__name__}:lead", [json.dumps(work), str(out)], Path(folder) / "log", {"DS_ACCELERATOR": "cpu"})
-        if lost:
-            raise RuntimeError(lost)
-        return [Row(**row) for row in json.loads(out.read_text())]
+        for row in forks.apart(f"{__name__}:lead", [json.dumps(work)], Path(folder) / "log", {"DS_ACCELERATOR": "cpu"}):
+            yield Row(**row)
 
 
-def lead(work: str, out: str) -> None:
-    """What that process does. work: the options in JSON; out: file for the rows."""
-    tell_parent()
+def lead(work: str) -> None:
+    """What that process does. work: the options in JSON."""
+    parent = tell_parent()
     found = json.loads(work)
     several = {name: tuple(found[name]) for name in ("peers", "kinds", "ranks")}
     options = Options(**{**found, **several, "device": torch.device(found["device"])})
     torch.set_num_threads(1)
-    Path(out).write_text(json.dumps([asdict(row) for row in measured_all(options)]))
+    for row in measured_all(options):
+        parent.found(row)
 
 
 def ends_of(options: Options) -> dict[str, str]:

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.live import say
 from bench.machine import ceilings
 from bench.models import WIDE, Model
-from bench.report.tables import step
 from bench.results import Options, Row, failed
 from bench.suites import roofline
 from dopsd_fast.families.zimage_pair import PAD_MULTIPLE
@@ -127,7 +127,7 @@ def measure(options: Options) -> Iterator[Row]:
     yield Row(SUITE, f"copy{model.suffix}", "copy", "bytes_per_second", limits.bytes_per_second, "B/s")
     yield Row(SUITE, f"gemm{model.suffix}", "gemm", "flops_per_second", limits.flops_per_second, "FLOP/s")
     for name, build in OPS.items():
-        step(f"kernels: {name}")
+        say(f"kernels: {name}")
         torch.manual_seed(0)
         try:
             op = build(Draw(size, options.device, model.dtype))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bench.clock import interleaved, kernel_clock, ratios, summary
-from bench.report.tables import step
+from bench.live import say
 from bench.results import Options, Row, Status, failed
 from bench.suites.roofline import Counted
 from dopsd_kernels.adamw_ema import AdamWEMA
@@ -48,7 +48,7 @@ def measure(options: Options) -> Iterator[Row]:
     torch.set_num_threads(options.threads)
     for dtype, masters in CASES[:1] if options.tour else CASES:
         case = f"{str(dtype).removeprefix('torch.')}_gradients" + ("" if masters == "fp32" else f"@{masters}")
-        step(f"optimizer: {case}")
+        say(f"optimizer: {case}")
         yield from speed(case, dtype, masters, options)
         yield from errors(case, dtype, masters, options)
         gc.collect()

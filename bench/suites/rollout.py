@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.clock import interleaved, ratios, summary
+from bench.live import say
 from bench.references.reference_eager import STRONGER, Condition, ReferenceStep
-from bench.report.tables import step as say
 from bench.results import Options, Row, Status, failed
 from bench.suites import sampling
 from bench.suites.step import LEFT_TO_SUITE, MATRIX_PEERS, compiled_in_part, exactly

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from bench.clock import interleaved, ratios, summary
+from bench.live import say
 from bench.models import Model
 from bench.references.reference_eager import Condition, predict_noise_direction
-from bench.report.tables import step as say
 from bench.results import Options, Row, Status, failed
 from bench.suites.step import exactly
 from bench.suites.workload import Cell

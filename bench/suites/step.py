@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 
 from bench.clock import interleaved, ratios, summary
+from bench.live import say
 from bench.machine import ceilings
 from bench.models import WIDE, Model
 from bench.references.float64 import wide
 from bench.references.reference_eager import STRONGER
-from bench.report.tables import step as say
 from bench.results import Options, Row, Status, failed
 from bench.suites import room
 from bench.suites.gemm_floor import GemmFloor

@@ -38,7 +38,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -49,9 +49,9 @@ import torch
 
 from bench.arrangements import Arrangement, arrangements
 from bench.clock import summary
-from bench.forks import apart, fork, free_port, last_error, rank_environment, wait
+from bench.forks import ChildFailed, apart, fork, free_port, last_error, rank_environment, wait
+from bench.live import say, tell_parent
 from bench.models import Model
-from bench.report.tables import step, tell_parent
 from bench.results import Options, Row, failed
 from dopsd_fast.errors import UserError
 
@@ -62,51 +62,67 @@ SAME_LOSS = {"fp32": 1e-3, "bf16": 0.1}
 """Largest relative difference of the first loss from plain's that is rounding and no other work."""
 PRELOAD = ("deepspeed", "peft", "diffusers.models.transformers.transformer_z_image", "dopsd_fast.sharding",
            "bench.arrangements")  # fmt: skip
+OTHER_WORK = "other work than plain's"
 SECONDS = 1200
 """Time that one arrangement's ranks have."""
 
 
-def run(options: Options) -> list[Row]:
+def measure(options: Options) -> Iterator[Row]:
+    """Rows as they are found: an arrangement's after each of its rounds."""
     model = Model(options.model, options.device)  # refuses here what every rank would refuse
     available = torch.cuda.device_count() if options.device.type == "cuda" else 0
     if max(options.ranks, default=0) > available > 0:
         raise UserError(f"zero: --ranks {max(options.ranks)} on {available} GPU(s): use --ranks {available}, or --device cpu")
-    rows = []
     for world in options.ranks or (available or 2,):
         if world == 1:
             print("zero: one rank: no collective exists; what is gathered and reduced is not shown", file=sys.stderr)
-        rows += measure(options, model.suffix, world)
-    return rows
+        yield from measure_world(options, model.suffix, world)
 
 
-def measure(options: Options, suffix: str, world: int) -> list[Row]:
+def measure_world(options: Options, suffix: str, world: int) -> Iterator[Row]:
     made = [one for kind in options.kinds for one in arrangements(kind, options.tour)]
     if not any(one.plain for one in made):
         made += [Arrangement(kind, kind, plain=True) for kind in options.kinds]
     rounds = options.repeats(usual=2, tour=1, quick=1)
     counted, timed = (1, 1) if options.quick else (1, 2) if options.tour else (2, 3)
     jobs = [Job(world, [one], options.model, counted if number == 0 else 0, timed) for number in range(rounds) for one in made]
+    suffix += "" if world == 2 else f"@{world}_ranks"
     found: dict[Arrangement, list[dict[str, Any]]] = {one: [] for one in made}
     broken: dict[Arrangement, str] = {}
-    for job, result in zip(jobs, launch(str(options.device), jobs)):
+    waiting: list[Arrangement] = []
+    for number, (job, result) in enumerate(zip(jobs, launch(str(options.device), jobs))):
         (one,) = job.arrangements
         if isinstance(result, RankFailed):
             broken[one] = str(result)
         else:
             found[one] += result
-    suffix += "" if world == 2 else f"@{world}_ranks"
-    rows = []
-    for one, results in found.items():
-        loss = None if one.plain else same_loss(one, suffix, found, broken)
-        if one in broken:
-            for metric, unit in (("gathers_per_step", ""), ("seconds_per_step", "s"))[world == 1 :]:
-                rows.append(failed("zero", one.case + suffix, one.variant, metric, unit, broken[one]))
-        else:
-            rows += tabulate(one, suffix, results, world)
-        if loss is not None:
-            rows.append(loss)
-    plain = next((row for row in rows if row.key == ("zero", f"full{suffix}", "plain", "gathers_per_step")), None)
-    return rows if plain is None else [*rows, replace(plain, case=f"full/resident{suffix}")]
+        waiting.append(one)
+        plains = [other for other in made if other.plain]
+        if number + 1 < len(made) and not all(found[other] or other in broken for other in plains):
+            continue  # the first loss is compared with plain's
+        for one in waiting:
+            yield from rows_of(one, suffix, found, broken, world)
+        waiting.clear()
+
+
+def rows_of(
+    one: Arrangement, suffix: str, found: dict[Arrangement, list[dict[str, Any]]], broken: dict[Arrangement, str], world: int
+) -> Iterator[Row]:
+    """What is known of an arrangement so far."""
+    loss = None if one.plain else same_loss(one, suffix, found, broken)
+    if one in broken:
+        metrics = [("gathers_per_step", ""), ("seconds_per_step", "s")][world == 1 :]
+        if found[one] and not broken[one].startswith(OTHER_WORK):  # its first round's numbers stand
+            metrics = [("later_rounds", "")]
+        for metric, unit in metrics:
+            yield failed("zero", one.case + suffix, one.variant, metric, unit, broken[one])
+    else:
+        for row in tabulate(one, suffix, found[one], world):
+            yield row
+            if row.key == ("zero", f"full{suffix}", "plain", "gathers_per_step"):
+                yield replace(row, case=f"full/resident{suffix}")
+    if loss is not None:
+        yield loss
 
 
 def same_loss(
@@ -122,7 +138,7 @@ def same_loss(
     mine = found[one][0]
     difference = abs(mine["first_loss"] / plain["first_loss"] - 1)
     if not difference <= SAME_LOSS[plain["precision"]]:
-        broken[one] = f"other work than plain's: a first loss of {mine['first_loss']:.6g}, plain {plain['first_loss']:.6g}"
+        broken[one] = f"{OTHER_WORK}: a first loss of {mine['first_loss']:.6g}, plain {plain['first_loss']:.6g}"
         return failed(*row.key, "", broken[one])
     return replace(row, value=difference, note="against plain")
 
@@ -164,15 +180,20 @@ class Job:
         return f"{', '.join(f'{one.case} {one.variant}' for one in self.arrangements)}, {self.world} ranks"
 
 
-def launch(device: str, jobs: Sequence[Job]) -> list[list[dict[str, Any]] | RankFailed]:
-    """For each job, the results of its arrangements (see `examine`), of all ranks as one."""
+def launch(device: str, jobs: Sequence[Job]) -> Iterator[list[dict[str, Any]] | RankFailed]:
+    """For each job, as soon as it has ended, the results of its arrangements (see `examine`), of all ranks as one."""
     with tempfile.TemporaryDirectory(prefix="bench-zero-") as name:
-        folder = Path(name)
+        folder, lost, done = Path(name), "", 0
         work = {"device": device, "jobs": [asdict(job) | {"said": str(job)} for job in jobs]}
         (folder / "work.json").write_text(json.dumps(work))
         environment = {"DS_ACCELERATOR": "cpu"} if device == "cpu" else {}
-        lost = apart("bench.suites.zero:lead", [name], folder / "log", environment)
-        return [_result(folder, number, job.world, lost) for number, job in enumerate(jobs)]
+        try:
+            for done in apart("bench.suites.zero:lead", [name], folder / "log", environment):
+                yield _result(folder, done - 1, jobs[done - 1].world, "")
+        except ChildFailed as error:
+            lost = str(error)
+        for number in range(done, len(jobs)):
+            yield _result(folder, number, jobs[number].world, lost)
 
 
 def _result(folder: Path, number: int, world: int, lost: str) -> list[dict[str, Any]] | RankFailed:
@@ -196,7 +217,7 @@ def _result(folder: Path, number: int, world: int, lost: str) -> list[dict[str, 
 def lead(folder: str) -> None:
     """Loads the libraries once; each job's ranks are forks of this process, on GPUs processes of their own. A job that fails is
     noted, and the next one begins."""
-    tell_parent()
+    parent = tell_parent()
     work = json.loads((Path(folder) / "work.json").read_text())
     forks = work["device"] == "cpu"
     if forks:
@@ -205,7 +226,7 @@ def lead(folder: str) -> None:
             importlib.import_module(name)
         gc.freeze()
     for number, job in enumerate(work["jobs"]):
-        step(job["said"])
+        say(job["said"])
         port, pids, logs = free_port(), [], []
         for rank_number in range(job["world"]):
             environment = rank_environment(rank_number, job["world"], port)
@@ -217,6 +238,7 @@ def lead(folder: str) -> None:
             first = next((i for i, code in enumerate(codes) if code > 0), codes.index(min(codes)))
             said = f"rank {first} ended with {codes[first]}: {last_error(logs[first])}"
             (Path(folder) / f"{number}.error").write_text(said)
+        parent.found(number + 1)
 
 
 def _spawn(call: partial[None], environment: dict[str, str], log: Path) -> int:
