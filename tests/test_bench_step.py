@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bench import full_size, models, needed
+from bench import full_size, harness, models, needed
 from bench.machine import Ceilings
 from bench.models import Model
 from bench.references import reference_eager as reference
-from bench.results import ROOT, Options, Row, read_results, write_results
+from bench.results import ROOT, Options, Row, merged, read_results, write_results
 from bench.suites import correctness, room, step, workload
 from bench.suites.gemm_floor import GemmFloor, Recorder
 from bench.suites.workload import Cell, Workload
@@ -35,7 +35,7 @@ def tiny_options(**more) -> Options:
 
 
 def found(rows) -> dict[tuple[str, str, str], Row]:
-    rows = list(rows)
+    rows = merged(rows)
     by_key = {(row.case, row.variant, row.metric): row for row in rows}
     assert len(by_key) == len(rows) and {row.suite for row in rows} == {"step"}
     return by_key
@@ -124,7 +124,7 @@ def test_adapters_are_drawn_on_the_models_device(monkeypatch):
 
 
 def test_rows_of_the_suite():
-    rows = found(step.run(tiny_options(peers=("R1", "R2"))))
+    rows = found(step.measure(tiny_options(peers=("R1", "R2"))))
     for kind in ("lora", "full"):
         case = f"{kind}@zimage"
         for variant in ("ours", "R1", "R2"):
@@ -162,7 +162,7 @@ def test_a_variant_that_cannot_run_leaves_rows_and_the_others_go_on(monkeypatch)
             self.whole()
 
     monkeypatch.setattr(step, "PeerStep", Broken)
-    rows = found(step.run(tiny_options(peers=("R1", "R2"), kinds=("full",))))
+    rows = found(step.measure(tiny_options(peers=("R1", "R2"), kinds=("full",))))
     assert rows["full@zimage", "ours", "seconds_per_step"].status == "ok"
     assert rows["full@zimage", "floor", "seconds_per_step"].status == "ok"
     for peer, said in (("R1", "RuntimeError: not twice"), ("R2", "OutOfMemoryError: no room for it")):
@@ -179,8 +179,8 @@ def test_what_would_begin_too_late_is_left_out():
 
 def test_what_fell_back_says_so(monkeypatch):
     monkeypatch.setattr(native_ops, "_native", None)
-    monkeypatch.setitem(step.STRONGER["R3"], "compile_blocks", broken_backend)
-    rows = found(step.run(tiny_options(peers=("R3",), kinds=("full",))))
+    monkeypatch.setitem(reference.STRONGER["R3"], "compile_blocks", broken_backend)
+    rows = found(step.measure(tiny_options(peers=("R3",), kinds=("full",))))
     ours, R3 = (rows["full@zimage", variant, "seconds_per_step"] for variant in ("ours", "R3"))
     assert ours.status == "fallback" and "_native is not built" in ours.note and ours.value > 0
     assert R3.status == "failed" and "no compiler" in R3.note
@@ -205,7 +205,7 @@ def test_what_was_not_compiled_is_known():
         torch._dynamo.utils.counters.clear()
         if function is not None:
             torch.compile(function, backend="eager")(torch.ones(3))
-        said.append(step.compiled_in_part())
+        said.append(harness.compiled_in_part())
     assert said[0] == "" and "broke the graph" in said[1] and said[2] == "torch.compile compiled nothing"
     torch._dynamo.reset()
 
@@ -214,7 +214,7 @@ def test_bf16_is_compared_with_fp32(monkeypatch):
     """As on a GPU; the CPU has no kernels for it. bf16 carries 8 bits: errors of 1e-3 to 1e-1 through ten layers and four
     states. Ours is to be no worse than twice the peer's."""
     monkeypatch.setattr(Model, "dtype", torch.bfloat16)
-    rows = found(step.run(tiny_options(peers=("R2",), kinds=("lora",))))
+    rows = found(step.measure(tiny_options(peers=("R2",), kinds=("lora",))))
     ours, theirs = (rows["lora@zimage", variant, "gradient_relative_error"] for variant in ("ours", "R2"))
     assert 1e-3 < theirs.value < 0.2 and ours.value <= 2 * theirs.value
     assert theirs.note == "against fp32 without TF32" and ours.status == "fallback" and theirs.status == "ok"
@@ -240,8 +240,8 @@ def test_a_cell_changes_what_its_name_says():
 def test_the_tour_leaves_r3_to_the_suite_and_says_so(monkeypatch):
     monkeypatch.setattr(step, "ceilings", lambda *_: Ceilings(1e9, 1e9))
     options = replace(tiny_options(peers=("R3",), kinds=("lora",), rounds=1), quick=False, tour=True)
-    rows = found(step.run(options))
-    assert rows["lora@zimage", "ours", "seconds_per_step"].note == step.LEFT_TO_SUITE
+    rows = found(step.measure(options))
+    assert rows["lora@zimage", "ours", "seconds_per_step"].note == "R3 is measured by `bench/run.py step`"
     assert {variant for _, variant, _ in rows} == {"ours", "floor"}
 
 
@@ -335,7 +335,7 @@ def test_on_a_gpu_the_floor_is_freed_before_ours_is_built(monkeypatch):
     monkeypatch.setattr(step, "OurStep", Watched)
     monkeypatch.setattr(step, "GemmFloor", Known)
     monkeypatch.setattr(step.Measurement, "floor_is_alone", True)
-    rows = found(step.run(tiny_options(peers=("R2",), kinds=("lora",))))
+    rows = found(step.measure(tiny_options(peers=("R2",), kinds=("lora",))))
     assert held == [[0]] and ran and min(ran) > 0
     assert rows["lora@zimage", "floor", "seconds_per_step"].value > 0 and rows["lora@zimage", "ours", "mfu"].value > 0
     share = rows["lora@zimage", "ours", "floor_share"]
@@ -483,6 +483,5 @@ def test_a_part_that_takes_too_long_is_stopped(tmp_path):
 
 
 def test_numbers_that_are_none_are_failures():
-    case = step.Measurement("lora", Cell(), tiny_options(), ())
-    row = case.row("ours", "gradient_relative_error", "", math.nan, "lora")
+    row = harness.Contest("step", "lora{}", tiny_options()).row("ours", "gradient_relative_error", "", math.nan)
     assert (row.status, row.value, row.note) == ("failed", None, "not finite")

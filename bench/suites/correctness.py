@@ -17,11 +17,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from bench.harness import exactly
 from bench.live import say
 from bench.models import Model
 from bench.results import Options, Row, failed
 from bench.suites import ops, roofline
-from bench.suites.step import exactly
 from bench.suites.workload import Cell, OurStep, Workload, peer
 
 SUITE = "correctness"

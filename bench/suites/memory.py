@@ -43,12 +43,12 @@ import torch
 
 from bench import forks
 from bench.arrangements import Memory
+from bench.harness import compiled_in_part
 from bench.live import say, tell_parent
 from bench.references.reference_eager import Condition
 from bench.results import Options, Row, Status, failed
 from bench.suites import cost
 from bench.suites.room import ENCODERS
-from bench.suites.step import compiled_in_part
 from bench.suites.workload import Cell, OurStep, Workload, peer
 from dopsd_fast.memory_moments import Machine
 from dopsd_fast.memory_trace import LiveBytes, Shapes, on_meta, published_family

@@ -16,10 +16,9 @@ On a GPU each peer is measured in turns with ours alone, since not all fit toget
 
 from __future__ import annotations
 
-import gc
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,15 +26,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.clock import interleaved, ratios, summary
+from bench.harness import Contest, exact_dtype, exact_note, exactly, free, new_compiler, relative
 from bench.live import say
-from bench.references.reference_eager import STRONGER, Condition, ReferenceStep
-from bench.results import Options, Row, Status, failed
+from bench.references.reference_eager import Condition, ReferenceStep
+from bench.results import Options, Row, failed
 from bench.suites import sampling
-from bench.suites.step import LEFT_TO_SUITE, MATRIX_PEERS, compiled_in_part, exactly
-from bench.suites.workload import Cell, OurStep, Workload, fill, pair_on_device, peer, stock_name
+from bench.suites.workload import (
+    MATRIX_PEERS,
+    Cell,
+    OurStep,
+    PeerStep,
+    Workload,
+    asked_peers,
+    fill,
+    pair_on_device,
+    peer,
+    settings_of,
+    stock_name,
+)
 from dopsd_fast.objective import StepInputs, make_objective
-from dopsd_fast.settings import Settings
 
 SUITE = "rollout"
 MORE_STATES = 8
@@ -45,14 +54,10 @@ Outcome = tuple[float, Tensor]
 """(mean loss, x_K `[B, C, h, w]`)."""
 
 
-def run(options: Options) -> list[Row]:
-    return list(measure(options))
-
-
 def measure(options: Options) -> Iterator[Row]:
     """Rows as they are found."""
     for kind in options.kinds:
-        yield from Measurement(kind, options).rows()
+        yield from of_kind(kind, options, one_by_one=options.device.type == "cuda")
     yield from sampling.measure(options)
 
 
@@ -63,13 +68,7 @@ class OurPair(OurStep):
     """Our pair with a teacher of its own, and no optimizer: what a rollout needs."""
 
     def __init__(self, kind: str, work: Workload) -> None:
-        standard = work.model.standard
-        adapter = {"rank": standard.rank, "alpha": standard.alpha} if kind == "lora" else {}
-        settings = Settings.model_validate({
-            "train": {"batch_size": work.batch, "precision": work.model.precision},
-            "method": {"num_states": work.states, "weight": "v"},
-            "adapter": {"kind": kind, **adapter},
-        })  # fmt: skip
+        settings = settings_of(kind, work, method={"weight": "v"})
         self.work, self.objective, self.engine = work, make_objective(settings), None  # type: ignore[assignment]
         self.pair = pair_on_device(work.model, settings)
         for trained in self.pair.trained():
@@ -80,10 +79,7 @@ class OurPair(OurStep):
 
     @torch.no_grad()
     def rollout(self, grid: Sequence[float]) -> Outcome:
-        work = self.work
-        student, teacher = work.contexts(work.student), work.contexts(work.teacher)
-        forward = self.pair.open(work.family, student, teacher, work.noise.shape)
-        report = self.objective.accumulate(StepInputs(work.noise, grid, forward), lambda loss: None)
+        report = self.objective.accumulate(StepInputs(self.work.noise, grid, self.open()), lambda loss: None)
         return report.loss, report.states[-1]
 
     outcome = rollout
@@ -92,12 +88,14 @@ class OurPair(OurStep):
         pass
 
 
-class PeerPair:
-    """A peer with the same teacher, and no average."""
+class PeerPair(PeerStep):
+    """A peer with the same teacher, and no average: it can make no training step."""
 
     def __init__(self, name: str, kind: str, work: Workload, dtype: torch.dtype | None = None) -> None:
-        self.name, self.work, self.dtype = name, work, dtype or torch.float32
-        self.reference = apart(kind, work, peer(name, kind, work, dtype))
+        self.work, self.dtype, self.reference = work, dtype or torch.float32, peer(name, kind, work, dtype)
+        self.reference.ema.clear()
+        for full, weight in self.reference.teacher_weights.items():
+            set_teacher(kind, stock_name(full), weight, work.model.dtype)
 
     def rollout(self, grid: Sequence[float]) -> Outcome:
         """What is timed."""
@@ -110,17 +108,6 @@ class PeerPair:
         """From the work's conditions if none are given."""
         work = self.work
         return published(self.reference, work.noise.to(self.dtype), grid, student or work.student, teacher or work.teacher)
-
-    def fell_back(self) -> str:
-        return compiled_in_part() if STRONGER[self.name].get("compile_blocks") else ""
-
-
-def apart(kind: str, work: Workload, step: ReferenceStep) -> ReferenceStep:
-    """`step` with the teacher that `OurPair` has. Its average is dropped: it can make no training step."""
-    step.ema.clear()
-    for full, weight in step.teacher_weights.items():
-        set_teacher(kind, stock_name(full), weight, work.model.dtype)
-    return step
 
 
 @torch.no_grad()
@@ -151,139 +138,65 @@ def published(
 # ---- the measurement -------------------------------------------------------------------------------------------------
 
 
-class Measurement:
-    """Of one kind, "lora" or "full"."""
+def of_kind(kind: str, options: Options, one_by_one: bool) -> Iterator[Row]:
+    """Rows of "lora" or "full". one_by_one: each peer is alone with ours."""
+    new_compiler()
+    work = Workload(options)
+    work.forget_encoders()
+    peers, remark = asked_peers(options, SUITE)
+    grids = {"": work.grid}
+    if not (options.tour or options.quick):
+        grids[Cell(states=MORE_STATES).name] = work.model.grid(MORE_STATES, work.pixels)
+    exact: dict[str, Outcome] = {}
+    wide = exact_dtype(work.model.dtype)
+    say(f"{SUITE}: {kind}, the exact trajectory")
+    try:
+        with exactly(wide):
+            reference = PeerPair("R2", kind, work, wide)
+            exact = {cell: reference.outcome(grid) for cell, grid in grids.items()}
+            del reference
+    except Exception as error:
+        for metric in ("final_state_relative_error", "loss_relative_error"):
+            yield failed(SUITE, f"{kind}{work.model.suffix}", "exact", metric, "", error)
+    for names in [[name] for name in peers] if one_by_one and peers else [peers]:
+        yield from group(names, kind, work, grids, exact, remark)
+        work.forget_encoders()
+        free(options.device)
 
-    def __init__(self, kind: str, options: Options) -> None:
-        torch.set_num_threads(options.threads)
-        self.kind, self.options = kind, options
-        self.work = Workload(options)
-        self.work.forget_encoders()
-        self.one_by_one = options.device.type == "cuda"
-        self.remark, self.peers = "", list(options.peers)
-        if options.tour and "R3" in self.peers:
-            self.peers.remove("R3")
-            self.remark = LEFT_TO_SUITE.replace("step", SUITE)
-        self.grids = {"": self.work.grid}
-        if not (options.tour or options.quick):
-            self.grids[Cell(states=MORE_STATES).name] = self.work.model.grid(MORE_STATES, self.work.pixels)
-        self.exact: dict[str, Outcome] = {}
-        self.exact_note = ""
-        self.told: set[tuple[str, str]] = set()
 
-    def case(self, cell: str, name: str = "") -> str:
-        return f"{self.kind}{name and '/' + name}{cell}{self.work.model.suffix}"
+def group(
+    names: Sequence[str], kind: str, work: Workload, grids: Mapping[str, Sequence[float]], exact: Mapping[str, Outcome],
+    remark: str,
+) -> Iterator[Row]:
+    """The peers `names` and ours, in turns, along each of the grids. Peers are built first: they need most while they
+    are built."""
+    notes: dict[str, str] = {}
+    made = {cell: Contest(SUITE, f"{kind}{{}}{cell}{work.model.suffix}", work.options, "seconds_per_rollout", notes=notes)
+            for cell in grids}
+    contest, outcomes = made[""], {}
+    contest.remarks["ours"] = remark
 
-    def rows(self) -> Iterator[Row]:
-        torch._dynamo.reset()
-        torch._dynamo.config.recompile_limit = 64  # one graph per length, branch and mode; all blocks share the code
-        yield from self.find_exact()
-        for names in [[name] for name in self.peers] if self.one_by_one and self.peers else [self.peers]:
-            yield from self.group(names)
-            self.free()
+    def check(name: str, one: Any) -> dict[str, tuple[float, str]]:
+        outcomes[name] = {cell: one.outcome(grid) for cell, grid in grids.items()}
+        return errors(outcomes[name][""], exact.get(""), work)
 
-    def find_exact(self) -> Iterator[Row]:
-        wide = torch.float64 if self.work.model.dtype == torch.float32 else torch.float32
-        self.exact_note = "" if wide == torch.float64 else "against fp32 without TF32"
-        say(f"{SUITE}: {self.case('')}, the exact trajectory")
-        try:
-            with exactly(wide):
-                exact = PeerPair("R2", self.kind, self.work, wide)
-                self.exact = {cell: exact.outcome(grid) for cell, grid in self.grids.items()}
-        except Exception as error:
-            for metric in ("final_state_relative_error", "loss_relative_error"):
-                yield failed(SUITE, self.case(""), "exact", metric, "", error)
-        exact = None  # type: ignore[assignment]
-        self.free()
+    for name in (*names, "ours"):
+        make = partial(OurPair, kind, work) if name == "ours" else partial(PeerPair, name, kind, work)
+        yield from contest.build(name, make, partial(check, name))
+    for cell, grid in grids.items():
+        chosen = {name: one for name, one in contest.alive.items() if not cell or name in ("ours", *MATRIX_PEERS)}
+        for name in chosen if cell else ():
+            for metric, (value, note) in errors(outcomes[name][cell], exact.get(cell), work).items():
+                yield made[cell].row(name, metric, "", value, note)
+        amounts = {"states_per_second": ("1/s", float((len(grid) - 1) * work.batch))}
+        if chosen:
+            calls = {name: partial(one.rollout, grid) for name, one in chosen.items()}
+            yield from made[cell].time(calls, partial(made[cell].speeds, amounts=amounts))
 
-    def group(self, names: Sequence[str]) -> Iterator[Row]:
-        """The peers `names` and ours, in turns. Peers are built first: they need most while they are built."""
-        alive: dict[str, Any] = {}
-        notes: dict[str, str] = {}
-        for name in (*names, "ours"):
-            yield from self.build(name, alive, notes)
-        for cell, grid in self.grids.items():
-            chosen = {name: one for name, one in alive.items() if not cell or name == "ours" or name in MATRIX_PEERS}
-            if chosen:
-                yield from self.time(cell, {name: partial(one.rollout, grid) for name, one in chosen.items()}, notes)
 
-    def build(self, name: str, alive: dict[str, Any], notes: dict[str, str]) -> Iterator[Row]:
-        """Puts a variant that has made one rollout into `alive`, and says how exact it was; or why it could not."""
-        compiled = bool(name != "ours" and STRONGER[name].get("compile_blocks"))
-        say(f"{SUITE}: {self.case('')}, {'compiling' if compiled else 'building'} {name}")
-        try:
-            torch._dynamo.utils.counters.clear()
-            one: Any = OurPair(self.kind, self.work) if name == "ours" else PeerPair(name, self.kind, self.work)
-            found = {cell: one.outcome(grid) for cell, grid in self.grids.items()}
-            notes[name] = one.fell_back()
-        except Exception as error:
-            yield from self.lost("", name, error)
-            return
-        alive[name] = one
-        for cell, outcome in found.items():
-            if cell in self.exact and (not cell or name == "ours" or name in MATRIX_PEERS):
-                yield from self.errors(cell, name, outcome, notes[name])
-
-    def errors(self, cell: str, name: str, outcome: Outcome, note: str) -> Iterator[Row]:
-        loss, state = self.exact[cell]
-        found = {"final_state_relative_error": float((outcome[1].double() - state.double()).norm() / state.double().norm()),
-                 "loss_relative_error": abs(outcome[0] - loss) / loss if loss else math.nan}  # fmt: skip
-        for metric, value in found.items():
-            yield from self.row(self.case(cell), name, metric, "", [value], note, self.exact_note)
-
-    def time(self, cell: str, calls: Mapping[str, Callable[[], Any]], notes: Mapping[str, str]) -> Iterator[Row]:
-        """In turns; where one of them fails, those that do not."""
-        say(f"{SUITE}: {self.case(cell)}, timing {', '.join(calls)}")
-        options, able = self.options, {}
-        for name, call in calls.items():  # R1's encoders run here for the first time
-            try:
-                call()
-                able[name] = call
-            except Exception as error:
-                yield from self.lost(cell, name, error)
-        if not able:
-            return
-        rounds, warmup = options.repeats(20, 5), 0 if options.quick or options.tour else 2
-        try:
-            seconds = interleaved(able, rounds, warmup, options.device, options.clock)
-        except Exception as error:
-            for name in able:
-                yield from self.lost(cell, name, error)
-            return
-        states = (len(self.grids[cell]) - 1) * self.work.batch
-        for name, values in seconds.items():
-            note, remark = notes[name], self.remark if name == "ours" and not cell else ""
-            yield from self.row(self.case(cell), name, "seconds_per_rollout", "s", values, note, remark)
-            yield from self.row(self.case(cell), name, "states_per_second", "1/s", [states / s for s in values], note)
-            if name != "ours" and "ours" in seconds:
-                quicker = ratios(values, seconds["ours"])
-                fell = "; ".join(filter(None, (notes["ours"], note and f"{name}: {note}")))
-                yield from self.row(self.case(cell, name), "ours", "speedup", "x", quicker, fell)
-
-    def lost(self, cell: str, name: str, error: BaseException | str) -> Iterator[Row]:
-        if name == "ours" and (self.case(cell), "failed") in self.told:
-            return
-        self.told.add((self.case(cell), "failed" if name == "ours" else name))
-        yield failed(SUITE, self.case(cell), name, "seconds_per_rollout", "s", error)
-        if name != "ours":
-            yield failed(SUITE, self.case(cell, name), "ours", "speedup", "x", error)
-
-    def row(
-        self, case: str, name: str, metric: str, unit: str, values: Sequence[float], fell: str, remark: str = ""
-    ) -> Iterator[Row]:
-        """Of ours, which runs beside each peer on a GPU, what was measured first."""
-        if (case, f"{name} {metric}") in self.told:
-            return
-        self.told.add((case, f"{name} {metric}"))
-        note = "; ".join(filter(None, (fell, remark)))
-        status: Status = "fallback" if fell else "ok"
-        if not all(map(math.isfinite, values)):
-            yield failed(SUITE, case, name, metric, unit, "; ".join(filter(None, ("not finite", note))))
-        else:
-            yield Row(SUITE, case, name, metric, unit=unit, status=status, note=note, **summary(values))
-
-    def free(self) -> None:
-        self.work.forget_encoders()
-        gc.collect()
-        if self.options.device.type == "cuda":
-            torch.cuda.empty_cache()
+def errors(outcome: Outcome, exact: Outcome | None, work: Workload) -> dict[str, tuple[float, str]]:
+    if exact is None:
+        return {}
+    note = exact_note(work.model.dtype)
+    loss = abs(outcome[0] - exact[0]) / exact[0] if exact[0] else math.nan
+    return {"final_state_relative_error": (relative(outcome[1], exact[1]), note), "loss_relative_error": (loss, note)}

@@ -13,22 +13,19 @@ The model is as it lies on the disk, without adapters. Rows, with "@K8" for eigh
 
 from __future__ import annotations
 
-import gc
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.clock import interleaved, ratios, summary
+from bench.harness import Contest, exact_dtype, exact_note, exactly, free, relative
 from bench.live import say
 from bench.models import Model
 from bench.references.reference_eager import Condition, predict_noise_direction
-from bench.results import Options, Row, Status, failed
-from bench.suites.step import exactly
-from bench.suites.workload import Cell
+from bench.results import Options, Row, failed
+from bench.suites.workload import Cell, fallbacks
 from dopsd_fast.sampling import rollout
 from dopsd_fast.settings import Settings
 from dopsd_fast.teacher import STUDENT, build_pair
@@ -53,10 +50,7 @@ class Ours:
         return rollout(self.pair.sampler(self.family, STUDENT, self.contexts, self.noise.shape), self.noise, grid)
 
     def fell_back(self) -> str:
-        facts = self.pair.describe()
-        if facts["backbone"] != "pair":
-            return "diffusers' forward instead of the pair forward"
-        return "plain PyTorch ops: dopsd_kernels._native is not built, or not for this dtype" if facts["ops"] == "torch" else ""
+        return fallbacks(self.pair)
 
 
 class Diffusers:
@@ -91,64 +85,38 @@ def measure(options: Options) -> Iterator[Row]:
     """Rows as they are found."""
     torch.set_num_threads(options.threads)
     model = Model(options.model, options.device)
-    standard = model.standard
+    standard, wide, note = model.standard, exact_dtype(model.dtype), exact_note(model.dtype)
     noise, texts = model.noise(standard.batch, standard.pixels), model.features(standard.batch, standard.text_tokens, 1)
-    grids = {"": model.grid(standard.states, standard.pixels)}
+    counts = {"": standard.states}
     if not (options.tour or options.quick):
-        grids[Cell(states=DEPLOYED_STATES).name] = model.grid(DEPLOYED_STATES, standard.pixels)
-    wide = torch.float64 if model.dtype == torch.float32 else torch.float32
-    exact: dict[str, Tensor] = {}
-    say(f"{SUITE}: {CASE}, the exact trajectory")
-    try:
-        exact = {cell: exact_state(model, texts, noise, grid, wide) for cell, grid in grids.items()}
-    except Exception as error:
-        yield failed(SUITE, CASE + model.suffix, "exact", "final_state_relative_error", "", error)
-    free(model)
+        counts[Cell(states=DEPLOYED_STATES).name] = DEPLOYED_STATES
     alive: dict[str, Any] = {}
-    for name, build in VARIANTS.items():
-        say(f"{SUITE}: {CASE}, building {name}")
+    notes: dict[str, str] = {}
+    for cell, states in counts.items():
+        grid = model.grid(states, standard.pixels)
+        contest = Contest(SUITE, f"{CASE}{{}}{cell}{model.suffix}", options, "seconds_per_rollout", notes=notes)
+        contest.peers = ["diffusers"]
+        exact: list[Tensor] = []
+        say(f"{SUITE}: {contest.place()}, the exact trajectory")
         try:
-            alive[name] = build(model, texts, noise)
+            exact.append(exact_state(model, texts, noise, grid, wide))
         except Exception as error:
-            yield from lost(f"{CASE}{{}}{model.suffix}", name, error)
-    for cell, grid in grids.items():
-        yield from timed(f"{CASE}{{}}{cell}{model.suffix}", alive, grid, exact.get(cell), options)
+            yield failed(SUITE, contest.place(), "exact", "final_state_relative_error", "", error)
+        for name, build in VARIANTS.items():
+            make = partial(alive.__getitem__, name) if name in alive else partial(build, model, texts, noise)
+            yield from contest.build(name, make, partial(errors, grid, exact, note))
+        alive |= contest.alive
+        calls = {name: partial(one.sample, grid) for name, one in contest.alive.items()}
+        amounts = {"states_per_second": ("1/s", float(states * len(noise)))}
+        yield from contest.time(calls, partial(contest.speeds, amounts=amounts))
     alive.clear()
-    free(model)
+    free(options.device)
 
 
-def timed(case: str, alive: Mapping[str, Any], grid: Sequence[float], exact: Tensor | None, options: Options) -> Iterator[Row]:
-    """`case` holds "{}", which stands for "/diffusers" in the rows of the ratio."""
-    say(f"{SUITE}: {case.format('')}, timing {', '.join(alive)}")
-    able: dict[str, Callable[[], Tensor]] = {}
-    notes, samples = {}, 0
-    for name, one in alive.items():
-        try:
-            state, note = one.sample(grid), one.fell_back()
-        except Exception as error:
-            yield from lost(case, name, error)
-            continue
-        able[name], notes[name], samples = partial(one.sample, grid), note, len(state)
-        if exact is not None:
-            wrong = float((state.to(exact.dtype) - exact).norm() / exact.norm())
-            remark = "" if exact.dtype == torch.float64 else "against fp32 without TF32"
-            yield row(case.format(""), name, "final_state_relative_error", "", [wrong], note, remark)
-    if not able:
-        return
-    rounds, warmup = options.repeats(20, 5), 0 if options.quick or options.tour else 2
-    try:
-        seconds = interleaved(able, rounds, warmup, options.device, options.clock)
-    except Exception as error:
-        for name in able:
-            yield from lost(case, name, error)
-        return
-    states = (len(grid) - 1) * samples
-    for name, values in seconds.items():
-        yield row(case.format(""), name, "seconds_per_rollout", "s", values, notes[name])
-        yield row(case.format(""), name, "states_per_second", "1/s", [states / s for s in values], notes[name])
-    if len(seconds) == len(VARIANTS):
-        quicker = ratios(seconds["diffusers"], seconds["ours"])
-        yield row(case.format("/diffusers"), "ours", "speedup", "x", quicker, notes["ours"])
+def errors(grid: Sequence[float], exact: Sequence[Tensor], note: str, one: Any) -> dict[str, tuple[float, str]]:
+    """exact: the state, or none."""
+    state = one.sample(grid)
+    return {"final_state_relative_error": (relative(state, exact[0]), note)} if exact else {}
 
 
 @torch.no_grad()
@@ -160,23 +128,3 @@ def exact_state(model: Model, texts: Sequence[Tensor], noise: Tensor, grid: Sequ
         for now, then in zip(grid[:-1], grid[1:], strict=True):
             x = x + (now - then) * predict_noise_direction(transformer, x, 1.0 - now, conditions)
         return x
-
-
-def lost(case: str, name: str, error: BaseException) -> Iterator[Row]:
-    yield failed(SUITE, case.format(""), name, "seconds_per_rollout", "s", error)
-    if name != "ours":
-        yield failed(SUITE, case.format(f"/{name}"), "ours", "speedup", "x", error)
-
-
-def row(case: str, name: str, metric: str, unit: str, values: Sequence[float], fell: str, remark: str = "") -> Row:
-    note = "; ".join(filter(None, (fell, remark)))
-    status: Status = "fallback" if fell else "ok"
-    if not all(map(math.isfinite, values)):
-        return failed(SUITE, case, name, metric, unit, "; ".join(filter(None, ("not finite", note))))
-    return Row(SUITE, case, name, metric, unit=unit, status=status, note=note, **summary(values))
-
-
-def free(model: Model) -> None:
-    gc.collect()
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()

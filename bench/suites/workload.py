@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -169,6 +169,37 @@ def pair_on_device(model: Model, settings: Settings) -> Pair:
         return build_pair(model.family, settings, model.dtype, model.device)
 
 
+MATRIX_PEERS = ("R1", "R4")
+"""Who is compared with away from the standard configuration, too."""
+
+
+def asked_peers(options: Options, suite: str) -> tuple[list[str], str]:
+    """Whom to compare with, and what is said of ours about that: the tour leaves R3, whose compilation takes longest, out."""
+    peers = list(options.peers)
+    if options.tour and "R3" in peers:
+        peers.remove("R3")
+        return peers, f"R3 is measured by `bench/run.py {suite}`"
+    return peers, ""
+
+
+def settings_of(kind: str, work: Any, **sections: Mapping[str, Any]) -> Settings:
+    """The trainer's settings for a step on `work` (a Workload, or what has its batch, states and model), with what `sections`
+    say beyond."""
+    standard = work.model.standard
+    adapter = {"rank": standard.rank, "alpha": standard.alpha} if kind == "lora" else {}
+    made: dict[str, dict[str, Any]] = {
+        "train": {"batch_size": work.batch, "learning_rate": LEARNING_RATE, "grad_clip": GRAD_CLIP,
+                  "precision": work.model.precision},
+        "method": {"num_states": work.states},
+        "teacher": {"ema_decay": EMA_DECAY},
+        "adapter": {"kind": kind, **adapter},
+        "deepspeed": {"stage": 0},
+    }
+    for name, section in sections.items():
+        made[name] = made.get(name, {}) | dict(section)
+    return Settings.model_validate(made)
+
+
 # ---- ours ------------------------------------------------------------------------------------------------------------
 
 
@@ -176,16 +207,7 @@ class OurStep:
     """Pair, objective and engine as the trainer runs them (ZeRO 0, one process)."""
 
     def __init__(self, kind: str, work: Workload, activations: str = "keep", masters: str = "fp32") -> None:
-        standard = work.model.standard
-        adapter = {"rank": standard.rank, "alpha": standard.alpha} if kind == "lora" else {}
-        settings = Settings.model_validate({
-            "train": {"batch_size": work.batch, "learning_rate": LEARNING_RATE, "grad_clip": GRAD_CLIP, "masters": masters,
-                      "precision": work.model.precision, "activations": activations},
-            "method": {"num_states": work.states},
-            "teacher": {"ema_decay": EMA_DECAY},
-            "adapter": {"kind": kind, **adapter},
-            "deepspeed": {"stage": 0},
-        })  # fmt: skip
+        settings = settings_of(kind, work, train={"masters": masters, "activations": activations})
         self.work, self.objective = work, make_objective(settings)
         self.pair = pair_on_device(work.model, settings)
         if kind == "lora":
@@ -194,12 +216,14 @@ class OurStep:
                     fill(trained.name, side, work.model.dtype)
         self.engine = make_engine(self.pair, settings)
 
-    def backward(self) -> None:
+    def open(self) -> Any:
+        """The pair's forward on the batch's contexts."""
         work = self.work
+        return self.pair.open(work.family, work.contexts(work.student), work.contexts(work.teacher), work.noise.shape)
+
+    def backward(self) -> None:
         with self.engine.accumulating():
-            student, teacher = work.contexts(work.student), work.contexts(work.teacher)
-            forward = self.pair.open(work.family, student, teacher, work.noise.shape)
-            inputs = StepInputs(noise=work.noise, grid=work.grid, forward=forward)
+            inputs = StepInputs(noise=self.work.noise, grid=self.work.grid, forward=self.open())
             self.report = self.objective.accumulate(inputs, self.engine.backward)
 
     def step(self) -> None:
@@ -221,21 +245,26 @@ class OurStep:
 
     def fell_back(self) -> str:
         """What runs otherwise than ours is meant to, in one line; empty: nothing."""
-        facts, found = self.pair.describe(), []
-        if facts["backbone"] != "pair":
-            found.append("diffusers' forward instead of the pair forward")
-        if facts.get("ops") == "torch":
-            found.append("plain PyTorch ops: dopsd_kernels._native is not built, or not for this dtype")
-        if facts.get("ops") == "triton" and not HAS_TRITON:
-            found.append("no Triton")
-        if facts["attention"] == "math":
-            found.append("attention by plain mathematics")
-        if isinstance(self.engine, PlainEngine):
-            found.append("DeepSpeed is not installed: its part at stage 0 is done here")
-        return "; ".join(found)
+        plain = isinstance(self.engine, PlainEngine)
+        missing = "DeepSpeed is not installed: its part at stage 0 is done here" if plain else ""
+        return "; ".join(filter(None, (fallbacks(self.pair), missing)))
 
     def close(self) -> None:
         self.engine.close()
+
+
+def fallbacks(pair: Pair) -> str:
+    """What of a pair runs otherwise than it is meant to."""
+    facts, found = pair.describe(), []
+    if facts["backbone"] != "pair":
+        found.append("diffusers' forward instead of the pair forward")
+    if facts.get("ops") == "torch":
+        found.append("plain PyTorch ops: dopsd_kernels._native is not built, or not for this dtype")
+    if facts.get("ops") == "triton" and not HAS_TRITON:
+        found.append("no Triton")
+    if facts["attention"] == "math":
+        found.append("attention by plain mathematics")
+    return "; ".join(found)
 
 
 def make_engine(pair: Pair, settings: Settings) -> Engine:
@@ -326,22 +355,22 @@ def peer(name: str, kind: str, work: Workload, dtype: torch.dtype | None = None)
     return step
 
 
-def runner(name: str, step: ReferenceStep, work: Workload) -> Callable[[], Any]:
-    """The whole step of a peer: R1 begins at the prompts and pictures, the others at their conditions."""
-    if name == "R1":
-        return lambda: step.step_from_inputs(work.noise, work.prompts, work.images)
-    return lambda: step.step(work.noise, work.student, work.teacher)
-
-
 class PeerStep:
     """`peer` with the methods of `OurStep`."""
 
     def __init__(self, name: str, kind: str, work: Workload) -> None:
-        self.work, self.reference = work, peer(name, kind, work)
-        self.step = runner(name, self.reference, work)
+        self.name, self.work, self.reference = name, work, peer(name, kind, work)
 
     def backward(self) -> None:
         self.reference.backward(self.work.noise, self.work.student, self.work.teacher)
+
+    def step(self) -> None:
+        """R1 begins at the prompts and pictures, the others at their conditions."""
+        work = self.work
+        if self.name == "R1":
+            self.reference.step_from_inputs(work.noise, work.prompts, work.images)
+        else:
+            self.reference.step(work.noise, work.student, work.teacher)
 
     def gradients(self) -> dict[str, Tensor]:
         """By stock name, not copied; a tensor that took no part has none."""
