@@ -13,7 +13,7 @@ on any stream, and `idle` is a GPU without work. On a CPU a part is its operator
 call; `idle` is Python, dispatch and the autograd engine, and the whole of the optimizer's call is the optimizer's, since its
 native code is no operator.
 
-The trace is written as torch.profiler exports it (for chrome://tracing or ui.perfetto.dev), gzipped from 4 MiB on.
+The trace is written as torch.profiler exports it (for Chrome's tracing page or perfetto.dev), gzipped from 4 MiB on.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def spread(value: float) -> dict:
 
 
 def made_up() -> list[Row]:
-    """Something for every plot, a failure and a fallback."""
+    """Something for every suite and plot, a failure and a fallback."""
     rows = []
     for kind in ("lora", "full"):
         for end in ("", "@K8"):
@@ -161,24 +161,11 @@ def test_no_rows_are_said_to_be_none(capsys):
 def test_plots_are_drawn_alike_every_time_and_only_where_there_are_rows(tmp_path):
     first = plots.draw(made_up(), FACTS, tmp_path / "a")
     assert {path.stem for path in first} == set(plots.PLOTS)
-    assert set(plots.PLOTS) == {name for name in report.ALT if not name.startswith("reproduce_grid")}  # pictures, not plots
     again = plots.draw(made_up(), FACTS, tmp_path / "b")
     for one, other in zip(first, again):
         assert one.read_bytes() == other.read_bytes() and one.read_bytes().startswith(b"\x89PNG")
     assert plots.draw([], FACTS, tmp_path / "none") == []
     assert plots.draw([failed("step", "step", "ours", "suite", "", "all of it")], FACTS, tmp_path / "none") == []
-
-
-def test_a_step_is_broken_down_without_a_profile_too():
-    parts = plots.assembled(of("step"))
-    assert parts["lora", "R1"] == {"gemm": 0.31725, "encoders": 0.12975, "rest": pytest.approx(0.51625 * 2.25 - 0.447)}
-    assert sum(parts["full", "ours"].values()) == pytest.approx(0.51625) and "encoders" not in parts["full", "ours"]
-    assert not {variant for _, variant in parts} & {"floor", "encoders"}
-
-
-def test_names_are_kept_apart():
-    places = plots.spread_out([0.0, 0.01, 0.02, 0.95, 1.0], 0.0, 1.0, 0.1)
-    assert all(b - a >= 0.1 - 1e-9 for a, b in zip(places, places[1:])) and min(places) >= 0 and max(places) <= 1
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -299,8 +286,11 @@ def test_committed_results_can_be_shown(tmp_path, capsys):
 
 
 def test_what_is_repeated():
-    options = "--model nano --device cpu --threads 2"
-    assert report.command(FACTS, ["step", "profile"]) == f"python bench/run.py step {options} --profile"
-    assert report.command({"model": "/a b/<c>"}, []) == "python bench/run.py --model '/a b/<c>'"
-    assert report.command({"command": "python bench/run.py"}, ["step"]) == "python bench/run.py"
-    assert json.loads(json.dumps(report.machine(FACTS)))[0] == ["CPU", "some <CPU>"]
+    assert report.command({"command": "python bench/run.py step"}) == "python bench/run.py step"
+    assert report.command({"script": "bench/full_size.py", "model": "nano"}) == "python bench/full_size.py --model nano"
+    assert json.loads(json.dumps(report.machine(FACTS)))[0] == ["cpu", "some <CPU>"]
+
+
+def test_a_suites_section_says_what_its_module_says():
+    assert all("Row" in report.about(suite) for suite in ("step", "rollout", "kernels", "memory", "conditioning"))
+    assert report.about("strange") == ""

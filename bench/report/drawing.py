@@ -15,7 +15,6 @@ COLOURS = {
 }  # fmt: skip
 """Okabe and Ito's, which the colour-blind can tell apart. A variant has one colour in all plots."""
 OTHERS = ("#56B4E9", "#CC79A7", "#E69F00", "#009E73", "#8C564B", "#999999")
-MARKERS = {"ours": "o", "eager": "s", "compiled": "^"}
 INK, FAINT, BAD = "#222222", "#8A8A8A", "#B00020"
 TICKS: tuple[tuple[float, ...], ...] = (
     (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6), (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100), tuple(10.0**i for i in range(-9, 10)),
@@ -100,33 +99,3 @@ def dot(axes: Any, row: Row, y: float, colour: str, text: bool = True) -> None:
         end = max(row.value, row.p80 or row.value)
         axes.annotate(label(row), (end, y), (8, 0), textcoords="offset points", color=INK, va="center", fontsize=9,
                       bbox=BEHIND, zorder=2)  # fmt: skip
-
-
-def key(axes: Any, names: Mapping[str, str], marker: str | Mapping[str, str] = "o", **where: Any) -> None:
-    """A legend of colours, above the plot unless `where` says otherwise. `marker`: one, or that of each name."""
-    from matplotlib.lines import Line2D
-
-    options: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 7, "columnspacing": 1.2}
-    handles = []
-    for name, colour in names.items():
-        shape = marker if isinstance(marker, str) else marker.get(name, "D")
-        handles.append(Line2D([], [], color=colour, marker=shape, linestyle="", markersize=7, label=name))
-    axes.legend(handles=handles, borderaxespad=0.2, handletextpad=0.2, **(options | where))
-
-
-def on(colour: str) -> str:
-    """Black or white, whichever can be read on it."""
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
-
-
-def spread_out(wanted: Sequence[float], low: float, high: float, apart: float) -> list[float]:
-    """Sorted places near `wanted`, at least `apart` from each other and within the limits if that is possible."""
-    places: list[float] = []
-    for place in wanted:
-        places.append(max(place, low, *(p + apart for p in places[-1:])))
-    limit = high
-    for index in reversed(range(len(places))):
-        places[index] = min(places[index], limit)
-        limit = places[index] - apart
-    return places

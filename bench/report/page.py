@@ -7,8 +7,8 @@ plots, and all rows as they are in results.json.
 from __future__ import annotations
 
 import argparse
+import ast
 import base64
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,36 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.report.tables import Cell, Grid, Note, counts, digits, grids, notes, read, title, took
-from bench.results import Row, read_results
+from bench.results import ROOT, Row, read_results
 
 FILE, TEMPLATE = "report.html", "report.html.j2"
 PLOTS = "plots"
 COLUMNS = 110
 """Characters that the page's tables may be wide."""
-ABOUT = {
-    "cost": "What one full-size training step launches, moves, keeps and multiplies, counted on tensors without memory. These "
-            "numbers are the same on every machine.",
-    "rollout": "Trajectory states a second: student and teacher velocity, loss and Euler step along a trajectory, no backward "
-               "pass.",
-    "step": "A whole training step: K states forward and backward, clipping, AdamW, the EMA and the teacher's refresh. R1 runs "
-            "its encoders in every step; floor is the step's matrix products alone, encoders what conditioning takes of R1.",
-    "profile": "Where the wall time of a training step goes, from torch.profiler.",
-    "forward": "Student and teacher velocity at one state, packed into one forward (ours), in two calls, and by diffusers.",
-    "kernels": "Each op against plain PyTorch and torch.compile. The ceiling of an op is the time that a copy needs for its "
-               "bytes, or a large matrix product for its operations, whichever is longer, both measured in this run; more than "
-               "100 % of it means that a cache held the tensors.",
-    "optimizer": "AdamW, EMA and casts in one pass, against torch's fused AdamW and a separate EMA.",
-    "conditioning": "Contexts computed at every step, or once and then read from memory or disk.",
-    "memory": "The peak of a training step's memory by what is kept for the backward pass. The ratios in a peer's line are "
-              "ours over the peer's: below 1 ours needs less.",
-    "zero": "What ranks send each other in a training step, and its time, by ZeRO stage and arrangement.",
-    "cubins": "Registers and shared memory of every kernel, compiled for GPUs that are not here.",
-    "reproduce": "The paper's comparison on the embedded pipeline: all methods from the same weights, with the same steps, "
-                 "records, noise and prompts, and learning rates searched in the same way. Intervals: 95 % bootstrap over "
-                 "seeds and prompts. patch_fd stands for the paper's FID, style_distance for its DINO distance, accuracy (of "
-                 "the judge's readings) for GenEval and DPG. A claim's value: 1 supported, 0 undecided, -1 contradicted.",
-    "correctness": "Relative errors of ours and of eager PyTorch in the same precision.",
-}  # fmt: skip
 PEERS = {
     "ours": "this program",
     "R1": "the published step: diffusers and PEFT, encoders in every step, gradient checkpointing over K graphs",
@@ -56,25 +32,6 @@ PEERS = {
     "compiled": "the same in torch.compile",
     "plain": "ZeRO-3 as one would write it first",
 }
-MACHINE = {
-    "gpu": "GPU", "compute_capability": "compute capability", "driver": "driver", "cuda": "CUDA", "cpu": "CPU",
-    "cpu_capability": "vector instructions", "cores": "cores", "threads": "threads", "load": "load at the start",
-    "platform": "platform", "python": "Python", "commit": "commit", "model": "model", "device": "device", "clock": "clock",
-    "quick": "quick", "tour": "tour", "seconds": "seconds the run took",
-}  # fmt: skip
-"""Key of the environment -> what the page calls it, in its order; other keys follow."""
-ALT = {
-    "ratios": "speedup of ours over each peer", "ratios_other": "speedups away from the standard configuration",
-    "breakdown": "parts of a training step's time", "memory": "peak memory by arrangement",
-    "memory_full_size": "peak memory of a full-size step", "kernels": "speedup of each op", "roofline": "roofline of each op",
-    "reproduce_curves": "measures over optimizer steps, by method", "reproduce_teachers": "the same by teacher",
-    "reproduce_states": "the same by states",
-    "reproduce_grid_target": "pictures of the target style by method", "reproduce_grid_original": "of the original domain",
-    "reproduce_grid_ablations_target": "pictures of the target style by ablation",
-    "reproduce_grid_ablations_original": "of the original domain by ablation",
-    "zero": "whole-model gathers a step", "cost": "counts of a full-size step against their targets",
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Section:
@@ -86,7 +43,6 @@ class Section:
     counts: str
     grids: list[Grid]
     notes: list[Note]
-    plots: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -103,19 +59,15 @@ def write_report(folder: Path) -> Path:
     """Draws the plots of `folder`/results.json into `folder`/plots, writes `folder`/report.html. ValueError: no results."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    from bench.report.plots import SHOWN_IN, draw
+    from bench.report.plots import draw
 
     facts, rows = read_results(folder)
     made = [*draw(rows, facts, folder / PLOTS), *sorted((folder / PLOTS).glob("reproduce_grid_*.png"))]
-    pictures = {path.stem: picture(path) for path in made}
     suites = list(dict.fromkeys(row.suite for row in rows))
     sections = []
     for suite in suites:
         mine = [row for row in rows if row.suite == suite]
-        shown = [(pictures[name], ALT[name]) for name, where in SHOWN_IN.items() if where == suite and name in pictures]
-        about = ABOUT.get(suite, "")
-        sections.append(Section(suite, about, took(mine), counts(mine), grids(mine, COLUMNS), notes(mine), shown))
-    homeless = {name for name in pictures if SHOWN_IN.get(name, "") not in suites}
+        sections.append(Section(suite, about(suite), took(mine), counts(mine), grids(mine, COLUMNS), notes(mine)))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).resolve().parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
@@ -125,8 +77,8 @@ def write_report(folder: Path) -> Path:
     page = environment.get_template(TEMPLATE).render(
         machine=machine(facts), subject=subject(facts), facts=facts, headlines=headlines(rows), sections=sections, rows=rows,
         warnings=[(suite.name, note) for suite in sections for note in suite.notes if note.status != "ok"],
-        overview=[(pictures[name], ALT[name]) for name in pictures if name in homeless],
-        peers={name: what for name, what in PEERS.items() if name in variants}, command=command(facts, suites),
+        pictures=[(picture(path), path.stem.replace("_", " ")) for path in made],
+        peers={name: what for name, what in PEERS.items() if name in variants}, command=command(facts),
     )  # fmt: skip
     file = folder / FILE
     part = file.with_suffix(".part")
@@ -177,10 +129,15 @@ def standard(found: Mapping[tuple[str, str, str, str], Row], suite: str, case: s
     return nearest[0] if len(nearest) == 1 else None
 
 
+def about(suite: str) -> str:
+    """What its module says of it: what is measured, and what each of its rows is."""
+    file = ROOT / "bench" / {"profile": "breakdown.py", "kernels": "suites/ops.py"}.get(suite, f"suites/{suite}.py")
+    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "" if file.exists() else ""
+
+
 def machine(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The environment as (name, value) in reading order; what is not there is left out."""
-    ordered = {key: facts[key] for key in MACHINE if key in facts} | {key: facts[key] for key in facts if key not in MACHINE}
-    return [(MACHINE.get(key, key), plain(value)) for key, value in ordered.items() if value is not None]
+    """The environment as (name, value); what is not there is left out."""
+    return [(key.replace("_", " "), plain(value)) for key, value in facts.items() if value is not None]
 
 
 def plain(value: Any) -> str:
@@ -198,16 +155,9 @@ def subject(facts: Mapping[str, Any]) -> str:
     return f"{facts.get('model', 'unknown model')} on {device}"
 
 
-def command(facts: Mapping[str, Any], suites: Sequence[str]) -> str:
+def command(facts: Mapping[str, Any]) -> str:
     """What repeats this run."""
-    if facts.get("command"):
-        return str(facts["command"])
-    words = ["python", "bench/run.py", *(suite for suite in suites if suite != "profile")]
-    for option in ("model", "device", "threads"):
-        if facts.get(option) is not None:
-            words += [f"--{option}", str(facts[option])]
-    words += ["--clock", "cpu"] * (facts.get("clock") == "cpu") + ["--quick"] * bool(facts.get("quick"))
-    return shlex.join(words + ["--profile"] * ("profile" in suites))
+    return str(facts.get("command") or f"python {facts.get('script', 'bench/run.py')} --model {facts.get('model')}")
 
 
 def main(argv: Sequence[str]) -> int:
