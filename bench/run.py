@@ -37,7 +37,7 @@ SUITES = {
     "reproduce": "the paper's result: what each method learns, keeps and loses, with its claims tested",
     "cubins": "registers and shared memory of every kernel, compiled for GPUs that are not here",
 }
-"""Suite -> what it shows. Each is `run(options) -> list[Row]` in bench/suites."""
+"""Suite -> what it shows. Each is `measure(options)` in bench/suites, an iterator over its rows."""
 TOUR = tuple(suite for suite in SUITES if suite not in ("correctness", "cubins", "reproduce"))
 COUNTED = {"cost", "cubins"}
 """Suites that read no model."""
@@ -162,8 +162,8 @@ def rows_of(suite: str, options: Options, out: Path) -> Iterable[Row]:
         from bench.suites.reproduce import run as reproduce
 
         return reproduce(options, out)
-    module = importlib.import_module(f"bench.suites.{MODULES.get(suite, suite)}")
-    return module.measure(options) if hasattr(module, "measure") else module.run(options)
+    found: Iterable[Row] = importlib.import_module(f"bench.suites.{MODULES.get(suite, suite)}").measure(options)
+    return found
 
 
 def parser() -> argparse.ArgumentParser:

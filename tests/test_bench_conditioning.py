@@ -134,7 +134,7 @@ def test_differences_and_errors():
 
 
 def measured(name: str) -> dict:
-    rows = conditioning.run(Options(name, CPU, quick=True, threads=1))
+    rows = list(conditioning.measure(Options(name, CPU, quick=True, threads=1)))
     found = {row.key[1:]: row for row in rows}
     assert len(found) == len(rows) and {row.suite for row in rows} == {"conditioning"}
     return found

@@ -20,7 +20,6 @@ gathered for the forwards, 2 K times, and a few more.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.references.reference_eager import Adapter, Condition, predict_noise_direction
+from bench.references.reference_eager import Adapter, Condition, add_adapters, predict_noise_direction
 
 LIKE_A_LARGE_MODEL = {
     "stage3_param_persistence_threshold": 0,
@@ -76,20 +75,15 @@ class PlainZero:
         import deepspeed
 
         self.sigmas, self.ema_decay = list(sigmas), ema_decay
+        teacher = None
         if adapter is None:
             teacher = copy.deepcopy(model).requires_grad_(False)
             model.requires_grad_(True)
+            self.trained = list(zip(model.parameters(), teacher.parameters()))
         else:
-            teacher = None
-            _add_adapters(model, adapter)
+            self.trained = list(zip(*(named.values() for named in add_adapters(model, adapter))))
         model.enable_gradient_checkpointing()
         self.both = Both(model, teacher)
-        parameters = dict(model.named_parameters())
-        if teacher is None:
-            self.trained = [(p, parameters[name.replace(".student.", ".teacher.")])
-                            for name, p in parameters.items() if ".student." in name]  # fmt: skip
-        else:
-            self.trained = list(zip(model.parameters(), teacher.parameters()))
         config = {
             "train_micro_batch_size_per_gpu": batch_size,
             "gradient_clipping": grad_clip,
@@ -135,23 +129,3 @@ class PlainZero:
 
     def close(self) -> None:
         self.engine.destroy()
-
-
-def _add_adapters(model: Any, adapter: Adapter) -> None:
-    """Adapters "teacher" and "student" of PEFT, equal at first; the student's is active."""
-    from peft import LoraConfig
-
-    model.requires_grad_(False)
-    for name in ("teacher", "student"):
-        config = LoraConfig(
-            r=adapter.rank, lora_alpha=adapter.alpha, init_lora_weights="gaussian", target_modules=list(adapter.targets)
-        )  # type: ignore[arg-type]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT warns of a second adapter: it is meant
-            model.add_adapter(config, adapter_name=name)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if ".student." in name:
-                parameters[name.replace(".student.", ".teacher.")].copy_(parameter)
-    model.set_adapter("student")

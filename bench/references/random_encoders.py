@@ -12,13 +12,12 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.models import WIDE, Model
+from bench.models import WIDE, Model, building, draw_weights
 from bench.references.reference_eager import Condition
 
 LANGUAGE = dict(
@@ -145,28 +144,6 @@ def vision_language_model(width: int, published: bool, device: torch.device | st
     with building(device, dtype):
         model = Qwen3VLForConditionalGeneration(config)
     return model.eval().requires_grad_(False)
-
-
-@contextmanager
-def building(device: torch.device | str, dtype: torch.dtype):
-    """New tensors are on `device`, new floating ones `dtype`."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@torch.no_grad()
-def draw_weights(model: nn.Module, draw: torch.Generator) -> None:
-    """Matrices with variance 1 / fan-in, gains around 1, other vectors small; none is zero."""
-    for name, p in model.named_parameters():
-        if p.ndim > 1:
-            p.normal_(0.0, p[0].numel() ** -0.5, generator=draw)
-        else:
-            p.normal_(1.0 if name.endswith("weight") else 0.0, 0.1, generator=draw)
 
 
 def parameters(modules: Sequence[nn.Module]) -> int:

@@ -104,6 +104,29 @@ def predict_noise_direction(model: Any, x: Tensor, sigma: float, conditions: Seq
     return out[:, : tokens.shape[1]].to(x.dtype).transpose(1, 2).reshape(x.shape)
 
 
+def add_adapters(model: Any, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Gives `model` the adapters "teacher" and "student" of PEFT, equal at first, the student's active: the student's tensors
+    by their names in the model, and the teacher's by the same."""
+    from peft import LoraConfig
+
+    model.requires_grad_(False)
+    for name in ("teacher", "student"):
+        config = LoraConfig(
+            r=adapter.rank, lora_alpha=adapter.alpha, init_lora_weights="gaussian", target_modules=list(adapter.targets)
+        )  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns of a second adapter: it is meant
+            model.add_adapter(config, adapter_name=name)
+    parameters = dict(model.named_parameters())
+    student = {name: p for name, p in parameters.items() if ".student." in name}
+    teacher = {name: parameters[name.replace(".student.", ".teacher.")] for name in student}
+    with torch.no_grad():
+        for name, parameter in student.items():  # PEFT draws each adapter on its own
+            teacher[name].copy_(parameter)
+    model.set_adapter("student")
+    return student, teacher
+
+
 class ReferenceStep:
     """Student, teacher, AdamW and EMA of one published training run.
 
@@ -153,7 +176,7 @@ class ReferenceStep:
             self.teacher_weights = {name: pairs[name] for name in self.trainable}
         else:
             self.teacher = None
-            self._add_adapters(adapter)
+            self.trainable, self.teacher_weights = add_adapters(model, adapter)
         if gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if compile_blocks:
@@ -163,26 +186,6 @@ class ReferenceStep:
         self.optimizer = torch.optim.AdamW(
             self.trainable.values(), lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay
         )
-
-    def _add_adapters(self, adapter: Adapter) -> None:
-        from peft import LoraConfig
-
-        self.model.requires_grad_(False)
-        for name in ("teacher", "student"):
-            config = LoraConfig(
-                r=adapter.rank,
-                lora_alpha=adapter.alpha,
-                init_lora_weights="gaussian",
-                target_modules=list(adapter.targets),
-            )
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # PEFT warns of a second adapter: it is meant
-                self.model.add_adapter(config, adapter_name=name)
-        parameters = dict(self.model.named_parameters())
-        self.trainable = {name: p for name, p in parameters.items() if ".student." in name}
-        self.teacher_weights = {name: parameters[name.replace(".student.", ".teacher.")] for name in self.trainable}
-        self.copy_student_to_teacher()
-        self.model.set_adapter("student")
 
     @torch.no_grad()
     def copy_student_to_teacher(self) -> None:

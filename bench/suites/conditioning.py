@@ -22,9 +22,8 @@ What conditioning takes of a whole step is `encoders_share` of the suite step.
 
 from __future__ import annotations
 
-import gc
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.clock import interleaved, ratios, summary
+from bench.harness import free
 from bench.live import say
 from bench.models import Model
 from bench.references.random_encoders import RandomEncoders
@@ -52,14 +52,15 @@ SUITE, CASE = "conditioning", "contexts"
 Batch = list[Context]
 
 
-def run(options: Options) -> list[Row]:
+def measure(options: Options) -> Iterator[Row]:
+    """Rows as they are found."""
     torch.set_num_threads(options.threads)
     model = Model(options.model, options.device)
+    contexts: dict[str, Batch] = {}
     with tempfile.TemporaryDirectory(prefix="contexts-") as folder:
         records = make_records(model, Path(folder) / "pictures")
-        rows, contexts = measure(model, records, Path(folder), options)
-        rows += errors(model, records, contexts)
-    return rows
+        yield from speeds(model, records, Path(folder), options, contexts)
+        yield from errors(model, records, contexts)
 
 
 # ---- records and encoders --------------------------------------------------------------------------------------------
@@ -151,10 +152,10 @@ class Cached:
 # ---- the measurement -------------------------------------------------------------------------------------------------
 
 
-def measure(
-    model: Model, records: list[tuple[str, Crop]], folder: Path, options: Options
-) -> tuple[list[Row], dict[str, Batch]]:
-    """Rows of everything but the errors, and each variant's contexts, on the CPU."""
+def speeds(
+    model: Model, records: list[tuple[str, Crop]], folder: Path, options: Options, contexts: dict[str, Batch]
+) -> Iterator[Row]:
+    """Rows of everything but the errors; each variant's contexts go to `contexts`, on the CPU."""
     case = CASE + model.suffix
     say("conditioning: loading the encoders")
     standing = Standing(model)
@@ -170,7 +171,6 @@ def measure(
     caches = {"memory": build("memory"), "disk": build("disk"), "every_step": Cached("off", standing, records, model)}
     full = made[0]
     calls: dict[str, Callable[[], Any]] = {name: caches[name].batch for name in ("every_step", "memory", "disk")}
-    rows: list[Row] = []
     published: Any = None
     prompts, pictures = [prompt for prompt, _ in records], [load_image(*crop) for _, crop in records]
     try:
@@ -179,16 +179,16 @@ def measure(
         as_published()
         calls["R1"] = as_published
     except Exception as error:
-        rows.append(failed(SUITE, case, "R1", "seconds_per_batch", "s", error))
+        yield failed(SUITE, case, "R1", "seconds_per_batch", "s", error)
     say("conditioning: contexts of a batch")
-    contexts = {name: on_cpu(call()) for name, call in calls.items()}
+    contexts |= {name: on_cpu(call()) for name, call in calls.items()}
     seconds = interleaved(calls, options.repeats(15, 5), 2, options.device, options.clock)
     for name, values in seconds.items():
-        rows.append(Row(SUITE, case, name, "seconds_per_batch", unit="s", **summary(values)))
+        yield Row(SUITE, case, name, "seconds_per_batch", unit="s", **summary(values))
     for name in ("memory", "disk"):
         gain = ratios(seconds["every_step"], seconds[name])
-        rows.append(Row(SUITE, f"{CASE}/every_step{model.suffix}", name, "speedup", unit="x", **summary(gain)))
-        rows.append(Row(SUITE, case, name, "difference_from_encoders", difference(contexts[name], contexts["every_step"]), ""))
+        yield Row(SUITE, f"{CASE}/every_step{model.suffix}", name, "speedup", unit="x", **summary(gain))
+        yield Row(SUITE, case, name, "difference_from_encoders", difference(contexts[name], contexts["every_step"]), "")
 
     say("conditioning: building the cache")
     once: dict[str, Callable[[], Any]] = {
@@ -200,18 +200,17 @@ def measure(
     size = {"memory": sum(t.nbytes for context in contexts["memory"] for t in context.values()),
             "disk": sum(file.stat().st_size for file in full.glob("contexts-*.safetensors"))}  # fmt: skip
     for name in ("memory", "disk"):
-        rows.append(Row(SUITE, case, name, "seconds_to_build", unit="s", **summary(per_record[name])))
-        rows.append(Row(SUITE, case, name, "bytes_per_record", size[name] / len(records), "B"))
+        yield Row(SUITE, case, name, "seconds_to_build", unit="s", **summary(per_record[name]))
+        yield Row(SUITE, case, name, "bytes_per_record", size[name] / len(records), "B")
         paid = break_even(summary(built[name])["value"], *(summary(seconds[v])["value"] for v in ("every_step", name)))
         if paid is None:
-            rows.append(failed(SUITE, case, name, "break_even_steps", "", "the cache is no faster than the encoders here"))
+            yield failed(SUITE, case, name, "break_even_steps", "", "the cache is no faster than the encoders here")
         else:
-            rows.append(Row(SUITE, case, name, "break_even_steps", paid, "", note="steps on the same batch"))
-    rows.append(Row(SUITE, case, "disk", "seconds_to_reopen", unit="s", **summary(per_record["reopen"])))
-    rows.append(Row(SUITE, case, "every_step", "encoder_bytes", float(bytes_of(standing.modules())), "B"))
+            yield Row(SUITE, case, name, "break_even_steps", paid, "", note="steps on the same batch")
+    yield Row(SUITE, case, "disk", "seconds_to_reopen", unit="s", **summary(per_record["reopen"]))
+    yield Row(SUITE, case, "every_step", "encoder_bytes", float(bytes_of(standing.modules())), "B")
     if published is not None:
-        rows.append(Row(SUITE, case, "R1", "encoder_bytes", float(bytes_of(published.modules())), "B"))
-    return rows, contexts
+        yield Row(SUITE, case, "R1", "encoder_bytes", float(bytes_of(published.modules())), "B")
 
 
 class Published(ReferenceEncoders):
@@ -258,9 +257,7 @@ def errors(model: Model, records: list[tuple[str, Crop]], contexts: dict[str, Ba
     """context_relative_error of each variant."""
     case, metric = CASE + model.suffix, "context_relative_error"
     say("conditioning: the encoders in float64")
-    gc.collect()
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()
+    free(model.device)
     try:
         true = exact(model, records)
     except Exception as error:

@@ -10,14 +10,13 @@ Rows, variants "ours" and "eager", the same dtype for both; OP is an op of dopsd
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from bench.harness import exactly
+from bench.harness import exact_dtype, exactly, free, relative
 from bench.live import say
 from bench.models import Model
 from bench.results import Options, Row, failed
@@ -28,10 +27,6 @@ SUITE = "correctness"
 RULE = 2.0
 """Our error may be this many times eager's (against an exact reference, same dtype)."""
 LAYERS = 2
-
-
-def run(options: Options) -> list[Row]:
-    return list(measure(options))
 
 
 def measure(options: Options) -> Iterator[Row]:
@@ -58,9 +53,7 @@ def measure(options: Options) -> Iterator[Row]:
             yield from tabulate(f"{kind}{model.suffix}", found, "fallback" if note else "ok", note)
         except Exception as error:
             yield failed(SUITE, f"{kind}{model.suffix}", "ours", "student_velocity_relative_error", "", error)
-        gc.collect()
-        if options.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free(options.device)
 
 
 def _short(length: int) -> int:
@@ -72,7 +65,7 @@ def velocities(kind: str, options: Options) -> tuple[dict[str, dict[str, float]]
     work = Workload(options, Cell(layers=LAYERS) if Model(options.model, options.device).random else Cell())
     work.forget_encoders()
     time = work.grid[1]
-    wide = torch.float64 if work.model.dtype == torch.float32 else torch.float32
+    wide = exact_dtype(work.model.dtype)
     results: dict[str, tuple[Tensor, ...]] = {}
     for variant, dtype in (("exact", wide), ("eager", None)):
         with exactly(dtype or work.model.dtype), torch.no_grad():
@@ -83,16 +76,14 @@ def velocities(kind: str, options: Options) -> tuple[dict[str, dict[str, float]]
         del step
     ours = OurStep(kind, work)
     with torch.no_grad():
-        forward = ours.pair.open(work.family, work.contexts(work.student), work.contexts(work.teacher), work.noise.shape)
-        v_s, v_t = forward(work.noise, work.noise.new_full((work.batch,), time))
+        v_s, v_t = ours.open()(work.noise, work.noise.new_full((work.batch,), time))
         assert v_t is not None
         results["ours"] = (v_s, v_t)
     names = ("student_velocity_relative_error", "teacher_velocity_relative_error")
     errors = {
-        variant: {name: float((v.double() - exact.double()).norm() / exact.double().norm())
-                  for name, v, exact in zip(names, results[variant], results["exact"], strict=True)}
+        variant: {name: relative(v, exact) for name, v, exact in zip(names, results[variant], results["exact"], strict=True)}
         for variant in ("ours", "eager")
-    }  # fmt: skip
+    }
     note = ours.fell_back()
     ours.close()
     return errors, note

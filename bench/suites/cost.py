@@ -2,7 +2,7 @@
 
 Z-Image-Turbo at its full size in bf16, 1024x1024 pixels (latent 16 x 128 x 128), batch 1, text 256 and teacher 768 tokens,
 K = 4 states, LoRA r64 alpha 128 and full fine-tuning, activations kept (no recomputation). `R1` is the published step,
-bench/references/reference_eager.py; `ours` the pair forward under the D-OPSD objective, with the engine's own clipping, AdamW,
+references/reference_eager.py; `ours` the pair forward under the D-OPSD objective, with the engine's own clipping, AdamW,
 EMA and teacher refresh, one process, DeepSpeed itself left out. How a kernel is counted: meta_trace.py.
 
     launches_per_step                           kernels and GEMMs, optimizer included, encoders not; R1 as published,
@@ -23,19 +23,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.live import say
+from bench.models import building
 from bench.references.reference_eager import ZIMAGE_TARGETS, Adapter, Condition, ReferenceStep, StepResult
 from bench.results import Options, Row, failed
 from bench.suites.meta_trace import Trace
+from bench.suites.workload import PlainEngine
+from dopsd_fast.settings import Settings
 from dopsd_kernels.costs import Cost
 
 GRID = [0.0, 0.1, 0.25, 0.5, 1.0]  # K = 4, shift 3
@@ -67,19 +68,17 @@ TARGETS = (
 )
 
 
-def run(options: Options) -> list[Row]:
+def measure(options: Options) -> Iterator[Row]:
+    """Rows as they are found."""
     size = Size(layers=2, states=2) if options.quick else Size()
-    rows: list[Row] = []
     for kind in options.kinds:
-        say(f"{kind}, ours")
-        mine = ours(kind, size)
-        say(f"{kind}, R1")
-        theirs = _rows(kind, "R1", partial(reference_metrics, kind, size))
-        rows += (mine if options.quick else [judged(row) for row in mine]) + theirs
+        say(f"cost: {kind}, ours")
+        yield from (row if options.quick else judged(row) for row in ours(kind, size))
+        say(f"cost: {kind}, R1")
+        yield from _rows(kind, "R1", partial(reference_metrics, kind, size))
     if not options.quick:
-        say("encoders")
-        rows += _rows("encoders", "R1", lambda: [("launches_per_step", float(encoder_launches()), "")])
-    return rows
+        say("cost: encoders")
+        yield from _rows("encoders", "R1", lambda: [("launches_per_step", float(encoder_launches()), "")])
 
 
 def ours(kind: str, size: Size) -> list[Row]:
@@ -121,23 +120,11 @@ class Size:
 # ---- the two programs ------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def on_meta(dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
-    """New tensors are on the meta device; new floating ones are `dtype`."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def transformer(size: Size) -> Any:
     """Z-Image's transformer at its full width: the defaults of its class."""
     from diffusers import ZImageTransformer2DModel
 
-    with on_meta():
+    with building("meta", torch.bfloat16):
         return ZImageTransformer2DModel(n_layers=size.layers).eval()
 
 
@@ -148,7 +135,7 @@ def text(tokens: int) -> Tensor:
 def reference(kind: str, size: Size, checkpointing: bool) -> ReferenceStep:
     adapter = Adapter(RANK, ALPHA) if kind == "lora" else None
     model, sigmas = transformer(size), [1.0 - t for t in size.grid]
-    with on_meta():
+    with building("meta", torch.bfloat16):
         # The released code averages in the training dtype.
         step = ReferenceStep(model, sigmas, adapter=adapter, ema_dtype=None, gradient_checkpointing=checkpointing)
     for group in step.optimizer.param_groups:
@@ -215,7 +202,7 @@ def pair(kind: str, size: Size) -> Any:
     names = {STUDENT: "", TEACHER: ""}
     if kind == "lora":
         names = {STUDENT: STUDENT, TEACHER: TEACHER}
-        with on_meta():
+        with building("meta", torch.bfloat16):
             config = add_adapters(student, ZIMAGE_TARGETS, RANK, ALPHA, 0, list(names))
     else:
         teacher = copy.deepcopy(student)
@@ -226,33 +213,11 @@ def pair(kind: str, size: Size) -> Any:
     return made
 
 
-def engine(made: Any) -> Any:
-    """The engine around `made` without DeepSpeed and its process group, as for one process and ZeRO stage 0."""
-    from dopsd_fast.sharding import Engine
-    from dopsd_kernels.adamw_ema import AdamWEMA
-
-    found = Engine.__new__(Engine)
-    found.pair, found.rank, found.world, found.device = made, 0, 1, torch.device("meta")
-    found.stage, found._zero, found._clip, found.keeps_ema = 0, None, 1.0, True
-    found.gather = found.fetcher = found.offload = None
-    found._trained = made.trained()
-    parameters = [trained.student for trained in found._trained]
-    for parameter in parameters:
-        parameter.grad_dtype = torch.float32
-    found.optimizer = AdamWEMA(parameters, ema_decay=0.9999)
-    found._engine = SimpleNamespace(step=found.optimizer.step)
-    found._fragments = list(found._find_fragments())
-    for trained in found._trained:
-        found.optimizer.set_teacher(trained.student, trained.teacher)
-        found.optimizer.init_state(trained.student, True)
-    return found
-
-
 def trace_ours(kind: str, size: Size) -> Trace:
     from dopsd_fast.objective import DOPSD, StepInputs
 
     made, trace = pair(kind, size), Trace()
-    running = engine(made)
+    engine = PlainEngine(made, Settings())
     trace.ignore(made)
     trace.watch(made.fused, "model")
     trace.watch(made.fused.layers, "block")
@@ -262,7 +227,7 @@ def trace_ours(kind: str, size: Size) -> Trace:
     with trace:
         forward = made.open(None, *contexts, noise.shape)
         DOPSD("x1").accumulate(StepInputs(noise, size.grid, forward), lambda loss: loss.backward())
-        running.step(1e-4)
+        engine.step(1e-4)
     return trace
 
 
@@ -275,7 +240,7 @@ def encoder_launches() -> int:
         vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
         num_key_value_heads=8, head_dim=128,
     )  # fmt: skip
-    with on_meta():
+    with building("meta", torch.bfloat16):
         model = Qwen3Model(config).eval().to("meta")
     trace = Trace()
     with trace, torch.no_grad():

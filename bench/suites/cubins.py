@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from bench.results import Options, Row
 from dopsd_kernels.cubins import TARGETS, in_own_process, table
 
 
-def run(options: Options) -> list[Row]:
+def measure(options: Options) -> Iterator[Row]:
     """Case: module, kernel and configuration; the metrics name the target. Prints the whole table."""
     found = in_own_process(targets=(90,) if options.quick else TARGETS, workers=1 if options.quick else options.threads)
     print("registers a thread / shared memory a block\n" + table(found))
-    rows = []
     for one in found:
         case, target = f"{one.module}: {one.name}", f"sm_{one.target}"
         if one.error:
             print(f"{case} on {target}: {one.error}")
-        rows.append(Row("cubins", case, "ours", f"registers_{target}", float(one.registers), ""))
-        rows.append(Row("cubins", case, "ours", f"shared_{target}", float(one.shared), "B"))
-        rows.append(Row("cubins", case, "ours", f"spilled_{target}", float(one.local), "B"))
-    return rows
+        yield Row("cubins", case, "ours", f"registers_{target}", float(one.registers), "")
+        yield Row("cubins", case, "ours", f"shared_{target}", float(one.shared), "B")
+        yield Row("cubins", case, "ours", f"spilled_{target}", float(one.local), "B")

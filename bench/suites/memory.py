@@ -67,10 +67,6 @@ PAGED = 64 << 10
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 
 
-def run(options: Options) -> list[Row]:
-    return list(measure(options))
-
-
 def measure(options: Options) -> Iterator[Row]:
     """Rows as they are found."""
     yield from measured_apart(options) if options.device.type == "cpu" else measured_all(options)

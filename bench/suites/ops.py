@@ -114,10 +114,6 @@ class Op:
         return replace(self, tensors=tuple(t.detach().to(dtype).requires_grad_(t.requires_grad) for t in self.tensors))
 
 
-def run(options: Options) -> list[Row]:
-    return list(measure(options))
-
-
 def measure(options: Options) -> Iterator[Row]:
     """Rows as they are found, op by op."""
     torch.set_num_threads(options.threads)

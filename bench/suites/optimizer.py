@@ -13,17 +13,16 @@ ema_relative_error.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Mapping
+import statistics
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.clock import interleaved, kernel_clock, ratios, summary
-from bench.live import say
-from bench.results import Options, Row, Status, failed
+from bench.harness import Contest, Seconds, free, relative
+from bench.results import Options, Row, failed
 from bench.suites.roofline import Counted
 from dopsd_kernels.adamw_ema import AdamWEMA
 
@@ -39,21 +38,15 @@ DECAY = 0.9999
 CASES = [(torch.bfloat16, "fp32"), (torch.float32, "fp32"), (torch.bfloat16, "low_bits")]
 
 
-def run(options: Options) -> list[Row]:
-    return list(measure(options))
-
-
 def measure(options: Options) -> Iterator[Row]:
     """Rows as they are found, case by case."""
-    torch.set_num_threads(options.threads)
     for dtype, masters in CASES[:1] if options.tour else CASES:
-        case = f"{str(dtype).removeprefix('torch.')}_gradients" + ("" if masters == "fp32" else f"@{masters}")
-        say(f"optimizer: {case}")
-        yield from speed(case, dtype, masters, options)
-        yield from errors(case, dtype, masters, options)
-        gc.collect()
-        if options.device.type == "cuda":
-            torch.cuda.empty_cache()
+        case = f"{str(dtype).removeprefix('torch.')}_gradients{{}}" + ("" if masters == "fp32" else f"@{masters}")
+        contest = Contest(SUITE, case, options)
+        contest.peers = [name for name in VARIANTS if name != "ours"]
+        yield from speed(contest, dtype, masters)
+        yield from errors(contest, dtype, masters)
+        free(options.device)
 
 
 class Ours:
@@ -68,6 +61,10 @@ class Ours:
             param.grad = grad
             self.optimizer.init_state(param, True)
         self.step = self.optimizer.step
+
+    def fell_back(self) -> str:
+        plain = self.optimizer.ema_backend == "torch"
+        return "neither Triton nor dopsd_kernels._native: plain PyTorch" if plain else ""
 
     def results(self) -> tuple[Tensor, Tensor]:
         masters, averages = ([self.optimizer.read(p, kind) for p in self.params] for kind in ("master", "ema"))
@@ -86,6 +83,9 @@ class Torch:
         for master, grad in zip(self.masters, grads):
             master.grad = grad if grad.dtype == dtype else torch.empty_like(master, requires_grad=False)
         self.optimizer = torch.optim.AdamW(self.masters, **HYPER, fused=True)
+
+    def fell_back(self) -> str:
+        return ""
 
     @torch.no_grad()
     def step(self) -> None:
@@ -118,52 +118,30 @@ def draw(elements: int, dtype: torch.dtype, device: torch.device) -> tuple[list[
     return weights, [grad.mul_(1e-3).to(dtype) for grad in grads]
 
 
-def speed(case: str, dtype: torch.dtype, masters: str, options: Options) -> list[Row]:
-    elements = 1 << 16 if options.quick else ELEMENTS[options.device.type]
-    weights, grads = draw(elements, dtype, options.device)
-    calls: dict[str, Callable[[], Any]] = {}
-    status: dict[str, tuple[Status, str]] = {"copy": ("ok", "")}
-    rows = []
+def speed(contest: Contest, dtype: torch.dtype, masters: str) -> Iterator[Row]:
+    options, device = contest.options, contest.options.device
+    elements = 1 << 16 if options.quick else ELEMENTS[device.type]
+    weights, grads = draw(elements, dtype, device)
     for name, make in VARIANTS.items():
-        try:
-            side = make(weights, grads, masters)
-            side.step()
-        except Exception as error:  # whatever a kernel, a compiler or a GPU without memory raises
-            rows.append(failed(SUITE, case, name, "seconds_per_step", "s", error))
-            continue
-        calls[name], status[name] = side.step, ran(side)
+        yield from contest.build(name, partial(make, weights, grads, masters), lambda side: side.step())
     del weights
-    source = torch.zeros(1 << 20 if options.quick else COPY[options.device.type], dtype=torch.uint8, device=options.device)
-    calls["copy"] = partial(torch.empty_like(source).copy_, source)
-    seconds = interleaved(calls, options.repeats(15, tour=7), 1, options.device, kernel_clock(options.device, options.clock))
-
-    copied = seconds.pop("copy")
     needed = declared_bytes(elements, dtype, masters)
-    rate = partial(row, status, case, metric="bytes_per_second", unit="B/s")
-    rows.append(rate("copy", values=[2 * source.nbytes / s for s in copied]))
-    rows.append(Row(SUITE, case, "ours", "bytes_per_step", needed, "B"))
-    for name, taken in seconds.items():
-        shares = [needed / s / (2 * source.nbytes / c) for s, c in zip(taken, copied, strict=True)]
-        rows.append(row(status, case, name, "seconds_per_step", "s", taken))
-        rows.append(rate(name, values=[needed / s for s in taken]))
-        rows.append(row(status, case, name, "ceiling_share", "", shares))
-        if name != "ours" and "ours" in seconds:
-            rows.append(row(status, f"{case}/{name}", "ours", "speedup", "x", ratios(taken, seconds["ours"])))
-    return rows
+    source = torch.zeros(1 << 20 if options.quick else COPY[device.type], dtype=torch.uint8, device=device)
 
+    def rows(found: Seconds) -> Iterator[Row]:
+        copied = found["copy"]
+        yield contest.row("copy", "bytes_per_second", "B/s", [2 * source.nbytes / s for s in copied])
+        yield contest.row("ours", "bytes_per_step", "B", needed)
+        timed = {name: taken for name, taken in found.items() if name != "copy"}
+        yield from contest.speeds(timed, {"bytes_per_second": ("B/s", needed)})
+        for name, taken in timed.items():
+            shares = [needed / s / (2 * source.nbytes / c) for s, c in zip(taken, copied, strict=True)]
+            yield contest.row(name, "ceiling_share", "", shares, ABOVE if statistics.median(shares) > 1 else "")
 
-def row(status: Mapping[str, tuple[Status, str]], case: str, variant: str, metric: str, unit: str, values: list[float]) -> Row:
-    kind, note = status[variant]
-    if metric == "ceiling_share" and summary(values)["value"] > 1:
-        note = "; ".join(filter(None, (note, ABOVE)))
-    return Row(SUITE, case, variant, metric, unit=unit, status=kind, note=note, **summary(values))
-
-
-def ran(side: Ours | Torch) -> tuple[Status, str]:
-    """Which path the last step took: "fallback" where ours ran plain PyTorch."""
-    if isinstance(side, Ours) and side.optimizer.ema_backend == "torch":
-        return "fallback", "neither Triton nor dopsd_kernels._native: plain PyTorch"
-    return "ok", ""
+    calls: dict[str, Callable[[], Any]] = {name: side.step for name, side in contest.alive.items()}
+    calls["copy"] = partial(torch.empty_like(source).copy_, source)
+    yield from contest.time(calls, rows, usual=15, tour=7, warmup=1, kernel=True)
+    contest.alive.clear()
 
 
 def declared_bytes(elements: int, dtype: torch.dtype, masters: str) -> int:
@@ -174,23 +152,19 @@ def declared_bytes(elements: int, dtype: torch.dtype, masters: str) -> int:
     return counted.bytes
 
 
-def errors(case: str, dtype: torch.dtype, masters: str, options: Options) -> list[Row]:
-    """Of the masters and the average after ten steps, relative to float64's, in the 2-norm."""
-    weights, grads = draw(1 << 12, dtype, options.device)
+def errors(contest: Contest, dtype: torch.dtype, masters: str) -> Iterator[Row]:
+    """Of the masters and the average after ten steps, against float64's."""
+    weights, grads = draw(1 << 12, dtype, contest.options.device)
     exact = Torch(weights, [grad.double() for grad in grads], lerp=True, dtype=torch.float64)
     for _ in range(10):
         exact.step()
-    rows = []
     for name, make in VARIANTS.items():
         try:
             side = make(weights, grads, masters)
             for _ in range(10):
                 side.step()
-        except Exception as error:  # as in `speed`
-            rows.append(failed(SUITE, case, name, "master_relative_error", "", error))
+        except Exception as error:  # whatever a kernel, a compiler or a GPU without memory raises
+            yield failed(SUITE, contest.place(), name, "master_relative_error", "", error)
             continue
-        kind, note = ran(side)
         for metric, value, true in zip(("master", "ema"), side.results(), exact.results()):
-            wrong = float((value.double() - true).norm() / true.norm())
-            rows.append(Row(SUITE, case, name, f"{metric}_relative_error", wrong, "", status=kind, note=note))
-    return rows
+            yield contest.row(name, f"{metric}_relative_error", "", relative(value, true))

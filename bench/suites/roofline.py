@@ -10,9 +10,11 @@ of `eager`: one operation an element of each elementwise kernel and each reducti
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import gc
-from collections.abc import Callable, Mapping
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,9 +24,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.clock import interleaved, kernel_clock, ratios, summary
+from bench.clock import kernel_clock
+from bench.harness import Contest, Seconds, free, relative
 from bench.machine import Ceilings
-from bench.results import Options, Row, Status, failed
+from bench.results import Options, Row, Status
 from bench.suites.meta_trace import FREE, GATHERS, _written, cost_of, moved
 from dopsd_kernels import launch, native_ops
 from dopsd_kernels.attention import choose_attention
@@ -101,45 +104,45 @@ def differentiable(results: Any) -> list[Tensor]:
 
 def measure(
     op: Any, work: Mapping[str, Work], limits: Ceilings, options: Options, suffix: str = "", compiles: bool = True
-) -> list[Row]:
+) -> Iterator[Row]:
     """The rows of one op: speed, share of the ceiling and errors of each variant; a `failed` row for one that raises."""
     functions: dict[str, Callable[..., Any]] = {"ours": op.ours, "eager": op.eager}
-    status: dict[str, tuple[Status, str]] = {"ours": ran(op, options.device), "eager": ("ok", "")}
+    status, note = ran(op, options.device)
+    notes = {"ours": note} if status == "fallback" else {}
     if compiles:
         torch._dynamo.reset()
         backend = "eager" if options.quick else "inductor"
         functions["compiled"] = torch.compile(op.eager, fullgraph=True, dynamic=False, backend=backend)
-        status["compiled"] = ("fallback", "quick: traced by torch.compile, run eagerly") if options.quick else ("ok", "")
-    case, rows = f"{op.name}{suffix}", []
-    calls: dict[str, dict[str, Callable[[], Any]]] = {phase: {} for phase in work}
+        notes |= {"compiled": "quick: traced by torch.compile, run eagerly"} if options.quick else {}
+    case = f"{op.name}{{}}{suffix}"
+    made = {phase: Contest(SUITE, case, options, f"seconds_{phase}", f"speedup_{phase}", notes) for phase in work}
+    for contest in made.values():
+        contest.peers, contest.remarks["ours"] = ("eager", "compiled"), note
+    first = made["forward"]
     exact = functools.cache(lambda: outcome(op.eager, op.to(torch.float64).tensors))
     # a compiled backward that may overwrite its inputs cannot run twice
     with torch._functorch.config.patch(donated_buffer=False):
-        found: dict[str, dict[str, float]] = {}
+        errors, calls = {}, {}
         for name, function in functions.items():  # before any call adds to the op's tensors
             try:
-                found[name] = relative_errors(outcome(function, op.tensors), exact())
+                errors[name] = relative_errors(outcome(function, op.tensors), exact())
             except Exception as error:  # whatever a compiler, a library or a GPU without memory raises
-                rows += [failed(SUITE, case, name, f"seconds_{phase}", "s", error) for phase in work]
-        for name, errors in found.items():
-            kind, note = status[name]
-            rows += [Row(SUITE, case, name, metric, worst, "", status=kind, note=note) for metric, worst in errors.items()]
+                for contest in made.values():
+                    yield from contest.lost(name, error)
+        for name, found in errors.items():
+            for metric, worst in found.items():
+                yield first.row(name, metric, "", worst)
             try:
-                for phase, call in phases(functions[name], op.tensors).items():
-                    call()
-                    calls[phase][name] = call
+                calls[name] = phases(functions[name], op.tensors)
             except Exception as error:  # as above
-                rows += [failed(SUITE, case, name, f"seconds_{phase}", "s", error) for phase in work]
-                for remaining in calls.values():
-                    remaining.pop(name, None)
+                for contest in made.values():
+                    yield from contest.lost(name, error)
         for phase, done in work.items():
-            if calls[phase]:
-                rows += _speed(case, op.name, suffix, phase, calls[phase], done, limits, status, options)
+            yield first.row("ours", f"bytes_{phase}", "B", done.bytes)
+            yield first.row("ours", f"flops_{phase}", "FLOP", done.flops)
+            yield from _speed(made[phase], phase, {name: found[phase] for name, found in calls.items()}, done, limits)
     calls.clear()
-    gc.collect()
-    if options.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return rows
+    free(options.device)
 
 
 def phases(function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> dict[str, Callable[[], Any]]:
@@ -154,36 +157,33 @@ def phases(function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> dict[st
 
 
 def _speed(
-    case: str, name: str, suffix: str, phase: str, calls: Mapping[str, Callable[[], Any]], work: Work, limits: Ceilings,
-    status: Mapping[str, tuple[Status, str]], options: Options,
-) -> list[Row]:  # fmt: skip
-    clock, repeats = kernel_clock(options.device, options.clock), 1
-    if clock != "events":  # which tell of a single call
-        once = max(values[-1] for values in interleaved(calls, 1, 1, options.device).values())
-        repeats = 1 if options.quick else max(1, round(SHORTEST / once))
-    many = {variant: partial(_repeat, call, repeats) for variant, call in calls.items()}
-    found = interleaved(many, options.repeats(30, tour=10), 2, options.device, clock)
-    seconds = {variant: [value / repeats for value in values] for variant, values in found.items()}
-    rows = [
-        Row(SUITE, case, "ours", f"bytes_{phase}", work.bytes, "B"),
-        Row(SUITE, case, "ours", f"flops_{phase}", work.flops, "FLOP"),
-    ]
-    for variant, values in seconds.items():
-        kind, note = status[variant]
-        for metric, unit, amount in (("bytes_per_second", "B/s", work.bytes), ("flops_per_second", "FLOP/s", work.flops)):
-            rates = summary([amount / value for value in values])
-            rows.append(Row(SUITE, case, variant, f"{metric}_{phase}", unit=unit, status=kind, note=note, **rates))
-        share = summary([work.floor(limits) / value for value in values])
-        above = CACHED if work.bytes / limits.bytes_per_second >= work.flops / limits.flops_per_second else FEWER
-        said = "; ".join(filter(None, (note, above))) if share["value"] > 1 else note
-        rows.append(Row(SUITE, case, variant, f"ceiling_share_{phase}", unit="", status=kind, note=said, **share))
-        rows.append(Row(SUITE, case, variant, f"seconds_{phase}", unit="s", status=kind, note=note, **summary(values)))
-        if variant != "ours" and "ours" in seconds:
-            kind, note = next((status[v] for v in ("ours", variant) if status[v][0] != "ok"), status["ours"])
-            faster = summary(ratios(values, seconds["ours"]))
-            rows.append(Row(SUITE, f"{name}/{variant}{suffix}", "ours", f"speedup_{phase}", unit="x", status=kind, note=note,
-                            **faster))  # fmt: skip
-    return rows
+    contest: Contest, phase: str, calls: Mapping[str, Callable[[], Any]], work: Work, limits: Ceilings
+) -> Iterator[Row]:
+    options, repeats = contest.options, 1
+    if kernel_clock(options.device) != "events" and not options.quick:  # which tell of a single call
+        repeats = max(1, round(SHORTEST / max(_seconds(call) for call in calls.values())))
+    above = CACHED if work.bytes / limits.bytes_per_second >= work.flops / limits.flops_per_second else FEWER
+    amounts = {f"bytes_per_second_{phase}": ("B/s", work.bytes), f"flops_per_second_{phase}": ("FLOP/s", work.flops)}
+
+    def rows(found: Seconds) -> Iterator[Row]:
+        seconds = {name: [value / repeats for value in values] for name, values in found.items()}
+        yield from contest.speeds(seconds, amounts)
+        for name, values in seconds.items():
+            shares = [work.floor(limits) / value for value in values]
+            yield contest.row(name, f"ceiling_share_{phase}", "", shares, above if statistics.median(shares) > 1 else "")
+
+    many = {name: partial(_repeat, call, repeats) for name, call in calls.items()}
+    yield from contest.time(many, rows, usual=30, tour=10, warmup=1, kernel=True)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """Of a second call, on a CPU; one that raises is left to the timing."""
+    with contextlib.suppress(Exception):
+        call()
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+    return SHORTEST
 
 
 def _repeat(call: Callable[[], Any], count: int) -> None:
@@ -223,7 +223,7 @@ def relative_errors(found: Outcome, exact: Outcome) -> dict[str, float]:
     errors = {}
     for what, values, truth in zip(("result", "gradient"), found, exact):
         if truth:
-            worst = max(float((v.double() - e).norm() / e.norm()) for v, e in zip(values, truth, strict=True))
+            worst = max(relative(v, e) for v, e in zip(values, truth, strict=True))
             errors[f"{what}_relative_error"] = worst
     return errors
 
