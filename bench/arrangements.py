@@ -52,7 +52,7 @@ def arrangements(kind: str, standard: bool = False) -> list[Arrangement]:
     made.append(Arrangement("full/resident"))
     made += [Arrangement(f"full/stage{stage}", kind, stage) for stage in (0, 1, 2)]
     made += [replace(one, case=f"{one.case}/offload", offload=True) for one in made
-             if not one.plain and one.case in ("full", "full/resident", "full/stage2")]  # fmt: skip
+             if not one.plain and one.case in ("full", "full/resident", "full/stage2")]
     return made
 
 
@@ -117,7 +117,7 @@ class Plain:
         adapter = Adapter(standard.rank, standard.alpha) if one.kind == "lora" else None
         sigmas = [1.0 - t for t in batch.grid]
         self.peer = PlainZero(batch.model.transformer(), sigmas, batch_size=batch.batch, adapter=adapter,
-                              learning_rate=LEARNING_RATE)  # fmt: skip
+                              learning_rate=LEARNING_RATE)
         self.inputs = batch.noise, batch.student, batch.teacher
 
     def step(self) -> float:
@@ -171,7 +171,7 @@ def examine(one: Arrangement, model: Model, rank: int, counted: int, timed: int)
         synchronize(device)
         seconds.append(time.perf_counter() - started)
     result = {"first_loss": first_loss, "steps": steps, "seconds_per_step": seconds, "peak_bytes": [memory.growth()],
-              "precision": model.precision}  # fmt: skip
+              "precision": model.precision}
     program.close()
     return result
 

@@ -137,7 +137,7 @@ def one_line(error: BaseException) -> str:
 
 
 STAGES = {"env": 10, "gemm": 45, "attend": 30, "ops": 45, "lora": 60, "lora_cublas": 45, "r1": 50, "lora_512": 40, "full": 60,
-          "full_recompute": 40, "r4": 90}  # fmt: skip
+          "full_recompute": 40, "r4": 90}
 """Functions of bench/suites/first_stages.py in the order of what they decide, and the seconds that must be left for each to
 begin: at full size on a GPU, the kernels' compilation included."""
 FASTER = 30
@@ -183,7 +183,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog=SCRIPT, description="The first minutes on a GPU. QUICK=1 in the environment: every "
-                                    "stage with a small model, on a CPU too.")  # fmt: skip
+                                    "stage with a small model, on a CPU too.")
     found.add_argument("out", type=Path, metavar="OUT", help="folder for first.jsonl and the traces")
     found.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}; none: all, in this order")
     found.add_argument("--minutes", type=float, default=10.0, help="all of it ends within")

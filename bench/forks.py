@@ -59,7 +59,7 @@ def last_error(log: Path) -> str:
 def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
     """What torch.distributed wants to know of a rank on this machine."""
     return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port)}  # fmt: skip
+            "MASTER_PORT": str(port)}
 
 
 def free_port() -> int:

@@ -25,7 +25,7 @@ from dopsd_fast.memory_trace import PUBLISHED, published_family
 from dopsd_fast.settings import Settings
 
 SMALL = {"dim": 192, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 3, "n_kv_heads": 3, "cap_feat_dim": 64,
-         "axes_dims": [16, 24, 24], "axes_lens": [512, 128, 128]}  # fmt: skip
+         "axes_dims": [16, 24, 24], "axes_lens": [512, 128, 128]}
 """What differs from the published architecture in zimage-small."""
 RANDOM = {"zimage-turbo": {}, "zimage-small": SMALL}
 WIDE = 1024

@@ -44,7 +44,7 @@ Found = Mapping[tuple[str, str, str, str], Row]
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description="Writes README's table of measurements from "
-                                     "bench/results.")  # fmt: skip
+                                     "bench/results.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when the table is another one")
     arguments = parser.parse_args(argv)
     try:
@@ -145,7 +145,7 @@ def subject(facts: Mapping[str, Any]) -> str:
 
 def fast(found: Found) -> list[str]:
     lines = [line(f"training step over {what}", [ratio(found, "step", f"{kind}/{peer}", "speedup") for kind in KINDS])
-             for peer, what in PEERS.items()]  # fmt: skip
+             for peer, what in PEERS.items()]
     for peer in ("R1", "R4"):
         cells = [ratio(found, "rollout", f"{kind}/{peer}", "speedup") for kind in KINDS]
         lines.append(line(f"trajectory states a second over {PEERS[peer]}", cells))

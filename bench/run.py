@@ -91,7 +91,7 @@ def bench(argv: list[str]) -> int:
         peers=tuple(arguments.peers), kinds=tuple(arguments.kinds), tour=not arguments.suites, ranks=tuple(arguments.ranks),
         ablations=arguments.ablations, data=arguments.data, evaluation=arguments.eval, recipe=arguments.recipe,
         more=tuple(arguments.set), steps=arguments.steps, seeds=arguments.seeds,
-    )  # fmt: skip
+    )
     suites = list(dict.fromkeys(arguments.suites)) or list(TOUR)
     if set(suites) - COUNTED - {"reproduce"}:
         Model(model, device)
@@ -171,24 +171,24 @@ def parser() -> argparse.ArgumentParser:
         prog="bench/run.py", description="Measures this program against its peers; without a SUITE a tour of five minutes. "
         "`bench/run.py compare A B` compares two result folders of one machine.",
         epilog="suites: " + "; ".join(f"{name}: {what}" for name, what in SUITES.items()),
-    )  # fmt: skip
+    )
     found.add_argument("suites", nargs="*", metavar="SUITE", type=suite, help=f"{', '.join(SUITES)}; none: a tour")
     found.add_argument("--model", help="nano (the embedded pipeline; default on a CPU), zimage-turbo (random weights; default "
-                       "on a GPU), zimage-small, or a pipeline folder in diffusers' layout")  # fmt: skip
+                       "on a GPU), zimage-small, or a pipeline folder in diffusers' layout")
     found.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     found.add_argument("--quick", action="store_true", help="fewest repetitions, to see that it works: no measurement")
     found.add_argument("--out", type=Path, help="folder for results.json, results.csv, plots and report.html (default: a new "
-                       "one in runs/bench)")  # fmt: skip
+                       "one in runs/bench)")
     found.add_argument("--profile", action="store_true", help="also a torch profiler trace of the step, and where its time is")
     found.add_argument("--threads", type=count, default=0, help="CPU threads (default: 2)")
     found.add_argument("--rounds", type=count, default=0, help="measurements of each variant (default: the suite's own)")
     found.add_argument("--clock", default="wall", choices=["wall", "cpu"],
-                       help="cpu: CPU time of this process, for --threads 1 on a busy machine")  # fmt: skip
+                       help="cpu: CPU time of this process, for --threads 1 on a busy machine")
     found.add_argument("--peers", nargs="*", default=["R1", "R2", "R3", "R4"], choices=["R1", "R2", "R3", "R4"],
-                       help="step, rollout: whom to compare with")  # fmt: skip
+                       help="step, rollout: whom to compare with")
     found.add_argument("--kinds", nargs="+", default=["lora", "full"], choices=["lora", "full"], help="what trains")
     found.add_argument("--ranks", nargs="+", type=count, default=[], metavar="N",
-                       help="zero: numbers of ranks (default: 2, on GPUs one each)")  # fmt: skip
+                       help="zero: numbers of ranks (default: 2, on GPUs one each)")
     found.add_argument("--ablations", action="store_true", help="reproduce: the paper's ablations and customisation, too")
     found.add_argument("--data", default="", metavar="PATH", help="reproduce: the records to train on, as data.path takes them")
     found.add_argument("--eval", default="", metavar="PATH", help="reproduce: held-out records and the models that measure")

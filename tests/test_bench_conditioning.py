@@ -111,7 +111,7 @@ def test_the_yardstick_is_float64_all_through():
         encoders.teacher(["a"], [None])
     assert plain.found  # transformers' own casts
     for encode, part in ((lambda: encoders.student(["a"]), encoders.text_encoder),
-                         (lambda: encoders.teacher(["a"], [None]), encoders.vlm)):  # fmt: skip
+                         (lambda: encoders.teacher(["a"], [None]), encoders.vlm)):
         with conditioning.wide_encoders(part), Narrow() as wide:
             found = encode()
         assert wide.found == [] and found[0].text.dtype == torch.float64

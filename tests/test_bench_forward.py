@@ -86,7 +86,7 @@ def test_a_peer_that_cannot_roll_out_leaves_rows_and_the_others_go_on(monkeypatc
     assert rows["full/R1@zimage", "ours", "speedup"].value > 0
     said = "OutOfMemoryError: no room for it"
     for key in (("full@zimage", "R2", "seconds_per_rollout"), ("full/R2@zimage", "ours", "speedup"),
-                ("full@zimage", "exact", "final_state_relative_error")):  # fmt: skip
+                ("full@zimage", "exact", "final_state_relative_error")):
         assert (rows[key].status, rows[key].value, rows[key].note) == ("failed", None, said), key
 
 
@@ -135,7 +135,7 @@ def test_rows_of_forward(eager_backend):
         for variant in ("ours", "two_calls", "diffusers", "compiled"):
             # 8 pictures, each 8 x 8 image tokens in both branches, 20 and 80 text tokens
             assert value[variant, "tokens_per_second"] * value[variant, "seconds_forward"] == pytest.approx(
-                8 * (2 * 64 + 20 + 80))  # fmt: skip
+                8 * (2 * 64 + 20 + 80))
             assert 0 < value[variant, "velocity_relative_error"] < EXACT
             assert 0 < value[variant, "gradient_relative_error"] < EXACT
             for end in ("", "_backward"):
@@ -174,7 +174,7 @@ def test_what_cannot_run_forward_or_backward_leaves_rows_and_the_others_go_on(mo
                       ("lora/two_calls@zimage", "ours", "speedup_backward"): back,
                       ("lora@zimage", "compiled", "seconds_forward"): room,
                       ("lora@zimage", "compiled", "seconds_backward"): room,
-                      ("lora/compiled@zimage", "ours", "speedup_forward"): room}.items():  # fmt: skip
+                      ("lora/compiled@zimage", "ours", "speedup_forward"): room}.items():
         assert (rows[key].status, rows[key].value, rows[key].note) == ("failed", None, said), key
 
 

@@ -171,7 +171,7 @@ def test_the_rows_of_the_optimizer():
         assert found[case, variant, "ema_relative_error"].value < 1e-5
     assert {f"{case}@low_bits", "float32_gradients"} <= {name for name, _, _ in found}
     assert {name for name, _, _ in keys(optimizer.measure(Options("nano", CPU, quick=True, tour=True)))} == {
-        case, f"{case}/torch", f"{case}/torch_mul_add"}  # fmt: skip
+        case, f"{case}/torch", f"{case}/torch_mul_add"}
 
 
 def test_an_optimizer_that_raises_is_a_failed_row(monkeypatch):

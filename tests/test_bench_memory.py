@@ -172,11 +172,11 @@ def test_the_published_step_grows_evenly_with_its_layers(kind):
 def test_full_size_by_count():
     rows = found(memory.counted("lora", replace(tiny_options(), tour=True)))
     keep, recompute, theirs = (rows[f"lora@full_size{end}", name, "activation_bytes"].value
-                               for end, name in (("", "ours"), ("@recompute", "ours"), ("", "R1")))  # fmt: skip
+                               for end, name in (("", "ours"), ("@recompute", "ours"), ("", "R1")))
     assert recompute < theirs < keep and 10e9 < keep < 20e9
     assert rows["lora/R1@full_size@recompute", "ours", "activation_ratio"].value == recompute / theirs
     peaks = {(end, name): rows[f"lora@full_size{end}", name, "peak_bytes"].value
-             for end, name in (("", "ours"), ("@recompute", "ours"), ("", "R1"), ("", "R2"))}  # fmt: skip
+             for end, name in (("", "ours"), ("@recompute", "ours"), ("", "R1"), ("", "R2"))}
     weights = 2 * 6_154_908_736  # bf16; two adapters and the optimizer come to it
     assert all(weights + 3.6e9 < peak < weights + 20e9 for (_, name), peak in peaks.items() if name != "R1")
     assert peaks["", "R1"] - peaks["", "R2"] == room.ENCODERS

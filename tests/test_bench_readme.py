@@ -41,7 +41,7 @@ def test_the_table(tmp_path):
 
 def test_of_each_machine_the_newest_counts(tmp_path):
     for name, more in {"2026-01-01-cpu": {}, "2026-02-01-cpu": {}, "2026-03-01-cpu": {"quick": True},
-                       "2026-01-02-h100": {"gpu": "NVIDIA H100"}}.items():  # fmt: skip
+                       "2026-01-02-h100": {"gpu": "NVIDIA H100"}}.items():
         write_results(tmp_path / name, FACTS | more, ROWS)
     assert [path.name for path in readme.newest(tmp_path)] == ["2026-02-01-cpu", "2026-01-02-h100"]
 

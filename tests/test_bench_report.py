@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FACTS = {
     "cpu": "some <CPU>", "threads": 2, "commit": "0123abc", "model": "nano", "device": "cpu", "load": [0.5, 0.25],
     "torch": "2.13", "gpu": None, "quick": False,
-}  # fmt: skip
+}
 REASON = "RuntimeError: <script>alert('no compiler')</script> & \"more\""
 
 
@@ -102,7 +102,7 @@ def of(suite: str) -> list[Row]:
     (68874.0, "launches_per_step", "", "68,874"),
     (0.0, "gathers_per_step", "", "0"),
     (2.749e-07, "gradient_relative_error", "", "2.7e-07"),
-])  # fmt: skip
+])
 def test_numbers_are_read_in_fitting_units(value, metric, unit, said):
     assert show.read(Row("s", "c", "ours", metric, value, unit))[0] == said
 
@@ -238,7 +238,7 @@ def test_the_report_says_what_failed_before_anything_else_and_escapes_it(written
 def test_the_headline_is_rollout_and_step(written):
     text = re.sub(r"\s+", " ", " ".join(Page(written).texts))
     for one in ("61.8 trajectory states a second, LoRA", "2.62x rollout against the published one, LoRA",
-                "2.25x training step against R1, full fine-tuning", "1.38x training step against R4, LoRA"):  # fmt: skip
+                "2.25x training step against R1, full fine-tuning", "1.38x training step against R4, LoRA"):
         assert one in text
     assert text.index("61.8 trajectory") < text.index("How to read this")
 
@@ -251,7 +251,7 @@ def test_a_model_with_a_suffix_has_a_headline():
 @pytest.mark.parametrize(("model", "gpu", "case"), [
     ("nano", None, "full/R1"), ("zimage-turbo", "NVIDIA H100 80GB HBM3", "lora/R1"), ("zimage-turbo", "NVIDIA H200", None),
     ("nano", "NVIDIA H100 80GB HBM3", None), ("elsewhere/pipeline", None, None),
-])  # fmt: skip
+])
 def test_targets_are_shown_on_the_machine_that_they_are_for(model, gpu, case):
     goals = plots.goals_of({"model": model, "gpu": gpu})
     assert (case in goals) if case else not goals

@@ -225,7 +225,7 @@ def test_names_of_cells():
     assert Cell(layers=12, states=8, activations="recompute").name == "@12layers@K8@recompute"
     options = Options("nano", CPU)
     assert [cell.name for cell in step.cells(options)] == [
-        "", "@selective", "@recompute", "@K8", "@batch1", "@batch4", "@16px"]  # fmt: skip
+        "", "@selective", "@recompute", "@K8", "@batch1", "@batch4", "@16px"]
     assert [cell.name for cell in step.cells(replace(options, tour=True))] == [""]
 
 
@@ -255,7 +255,7 @@ def test_the_tour_leaves_r3_to_the_suite_and_says_so(monkeypatch):
     (85.0, "full", Cell(activations="recompute"), 12, "fp32", ""),
     (150.7, "full", Cell(), None, "low_bits", ""),
     (400.0, "full", Cell(), None, "fp32", "R1 R2 R3 R4"),
-])  # fmt: skip
+])
 def test_room_for_z_image(monkeypatch, gigabytes, kind, cell, layers, masters, beside):
     """The published model has 6,154,908,736 parameters, LoRA of rank 64 158.8 M (LOG.md)."""
     monkeypatch.setattr(Model, "noise", lambda *_: torch.empty(0))
@@ -307,7 +307,7 @@ def test_the_floor_counts_every_product_once():
         (2, 6, 2, 6): 3, (2, 6, 6, 2): 3,  # attention: 2 forward, 4 backward
         (1, 6, 4, 7): 1, (1, 6, 7, 4): 1,  # frozen: no dW
         (1, 5, 4, 7): 3,  # without gradient
-    })  # fmt: skip
+    })
     floor = GemmFloor(forward, 3, CPU)
     assert floor.flops == 3 * 2 * (3 * 720 + 6 * 144 + 2 * 168 + 3 * 140)
     floor.run()
@@ -347,7 +347,7 @@ def test_without_the_exact_gradient_there_are_times_and_ratios():
     rows = found(step.measure(tiny_options(kinds=("lora",)), [Cell()], ("R2",), exact=False))
     assert rows["lora/R2@zimage", "ours", "speedup"].value > 0
     assert {metric for _, variant, metric in rows if variant == "ours"} == {
-        "seconds_per_step", "states_per_second", "samples_per_second", "speedup"}  # fmt: skip
+        "seconds_per_step", "states_per_second", "samples_per_second", "speedup"}
     assert {variant for _, variant, _ in rows} == {"ours", "R2"}
 
 
@@ -376,7 +376,7 @@ def test_a_part_of_the_full_size_set(tmp_path, capsys):
     lost = {row.case: row.note for row in rows if row.metric == "part_seconds" and row.status == "failed"}
     assert set(lost) == {"lora", "forward"} and all(note.startswith("left out: it needs") for note in lost.values())
     assert {file.name for file in tmp_path.rglob("*")} == {
-        "results.json", "results.csv", "log.txt", "report.html", "plots.tar.gz"}  # fmt: skip
+        "results.json", "results.csv", "log.txt", "report.html", "plots.tar.gz"}
     assert "optimizer" in capsys.readouterr().out
 
 
@@ -435,7 +435,7 @@ def changed_script(folder: Path, change: str) -> Path:
     """bench/full_size.py after `change`, as the program that runs a part."""
     file = folder / "changed.py"
     lines = ["import os, sys, time", f"sys.path[:0] = {[str(ROOT), str(ROOT / 'kernels')]}", textwrap.dedent(change),
-             "from bench import full_size", "sys.exit(full_size.main(sys.argv[1:]))"]  # fmt: skip
+             "from bench import full_size", "sys.exit(full_size.main(sys.argv[1:]))"]
     file.write_text("\n".join(lines), encoding="utf-8")
     return file
 

@@ -29,7 +29,7 @@ from tests.tiny_metrics import (
     make_all,
     make_dino,
     yes_no_tokenizer,
-)  # fmt: skip
+)
 
 ALL = ["dino_distance", "clip_score", "fid", "lpips", "probes"]
 class Grid(nn.Module):
@@ -279,7 +279,7 @@ class Says(nn.Module):
 
 
 SAID = [({"yes": 0.6, "no": 0.3}, 1.0), ({"yes": 0.3, "no": 0.6}, 0.0), ({"yes": 0.3, " yes": 0.25, "no": 0.45}, 1.0),
-        ({"yes": 0.45, "no": 0.3, " no": 0.25}, 0.0), ({"yes": 0.4, "no": 0.4}, 0.0)]  # fmt: skip
+        ({"yes": 0.45, "no": 0.3, " no": 0.25}, 0.0), ({"yes": 0.4, "no": 0.4}, 0.0)]
 
 
 @pytest.mark.parametrize("p, share", SAID)

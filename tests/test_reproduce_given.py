@@ -32,7 +32,7 @@ def given(evaluation: Path, out: Path, *more: str) -> int:
     settings = [word for word in words() if not word.startswith(ours)]
     return bench.main(["reproduce", "--model", str(tiny.shared("zimage")), "--data", str(data()), "--eval", str(evaluation),
                        "--recipe", "nano_full", "--quick", "--steps", "2", "--threads", "1", "--out", str(out), *more,
-                       "--set", *settings])  # fmt: skip
+                       "--set", *settings])
 
 
 def test_a_model_of_ones_own(evaluation, tmp_path):

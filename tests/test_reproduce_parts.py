@@ -76,7 +76,7 @@ def test_differences_are_paired_by_prompt_and_seeds_widen():
     samples = {
         ("a", "target", 4): [Sample(values={"m": hard})], ("b", "target", 4): [Sample(values={"m": hard + 0.1})],
         ("c", "target", 4): [Sample(values={"m": hard + shift}) for shift in (-1.0, 0.0, 1.0)],
-    }  # fmt: skip
+    }
     draws = Draws(samples)
     a, b, c = (draws.values((name, "target", 4), "m") for name in "abc")
     assert np.allclose(b - a, 0.1) and np.ptp(interval(a)) > 0.3
@@ -345,7 +345,7 @@ def test_curves_have_the_steps_that_all_seeds_have(tmp_path):
     rows = list(reproduce.curve_rows("off_policy", found))
     assert {(row.case, row.value, row.low, row.high) for row in rows if row.case.startswith("target")} == {
         ("target@step_0", 9.0, 9.0, 9.0), ("target@step_16", 2.0, 1.0, 3.0)
-    }  # fmt: skip
+    }
     apart = list(reproduce.same_curves(found, found[::-1]))
     assert [row.value for row in apart] == [0.0, 0.0]
     assert states(rows, {}) is None

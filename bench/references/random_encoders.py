@@ -23,11 +23,11 @@ from bench.references.reference_eager import Condition
 LANGUAGE = dict(
     vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
     num_key_value_heads=8, head_dim=128, max_position_embeddings=262144, tie_word_embeddings=True,
-)  # fmt: skip
+)
 VISION = dict(
     depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, out_hidden_size=2560, patch_size=16,
     spatial_merge_size=2, temporal_patch_size=2, num_position_embeddings=2304, deepstack_visual_indexes=[5, 11, 17],
-)  # fmt: skip
+)
 ROPE_SECTIONS = [24, 20, 20]
 
 SMALL_LANGUAGE = LANGUAGE | dict(
@@ -140,7 +140,7 @@ def vision_language_model(width: int, published: bool, device: torch.device | st
         vision_config=(VISION if published else SMALL_VISION) | {"out_hidden_size": width},
         vision_start_token_id=first, vision_end_token_id=first + 1, image_token_id=first + 3, video_token_id=first + 2,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     with building(device, dtype):
         model = Qwen3VLForConditionalGeneration(config)
     return model.eval().requires_grad_(False)

@@ -26,7 +26,7 @@ from torch import Tensor
 from bench.references.real_rope import use_real_rope
 
 ZIMAGE_TARGETS = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0",
-                  "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")  # fmt: skip
+                  "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
 STRONGER: dict[str, dict[str, Any]] = {
     "R1": {},

@@ -39,7 +39,7 @@ SAME = ("platform", "cpu", "cpu_capability", "cores", "gpu", "compute_capability
 OF_A_GPU = ("gpu", "compute_capability")
 """Of these, those that a run without one does not have."""
 PROGRAM = ("commit", "python", "torch", "triton", "diffusers", "transformers", "peft", "deepspeed", "flash-attn", "cuda",
-           "driver")  # fmt: skip
+           "driver")
 """Facts that are compared, and printed first."""
 PEER = re.compile(r"(R\d|eager|compiled|diffusers|plain|torch|copy|gemm|floor|encoders|exact|planner)")
 """How the variants begin that are not our program."""
@@ -63,11 +63,11 @@ COLOURS = dict.fromkeys(BETTER, "green") | dict.fromkeys(WORSE, "red") | dict.fr
 def main(argv: list[str]) -> int:
     """The subcommand. UserError as `compare`."""
     parser = argparse.ArgumentParser(prog="bench/run.py compare", description="What changed from result folder A to B; exit "
-                                     "code 1 when something of ours became worse.")  # fmt: skip
+                                     "code 1 when something of ours became worse.")
     parser.add_argument("a", metavar="A", type=Path, help="folder with results.json, before")
     parser.add_argument("b", metavar="B", type=Path, help="the same, after")
     parser.add_argument("--threshold", type=float, default=THRESHOLD, metavar="PERCENT",
-                        help="smallest change of a time or a speed that counts (default: 5)")  # fmt: skip
+                        help="smallest change of a time or a speed that counts (default: 5)")
     parser.add_argument("--all", action="store_true", help="show also what is the same or in one of them only")
     arguments = parser.parse_args(argv)
     return compare(arguments.a, arguments.b, arguments.threshold, arguments.all)

@@ -12,13 +12,13 @@ WIDTH, DPI = 8.0, 150
 COLOURS = {
     "ours": "#0072B2", "R1": "#D55E00", "R2": "#E69F00", "R3": "#CC79A7", "R4": "#009E73", "eager": "#D55E00",
     "compiled": "#009E73", "plain": "#D55E00", "diffusers": "#D55E00", "two_calls": "#E69F00",
-}  # fmt: skip
+}
 """Okabe and Ito's, which the colour-blind can tell apart. A variant has one colour in all plots."""
 OTHERS = ("#56B4E9", "#CC79A7", "#E69F00", "#009E73", "#8C564B", "#999999")
 INK, FAINT, BAD = "#222222", "#8A8A8A", "#B00020"
 TICKS: tuple[tuple[float, ...], ...] = (
     (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6), (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100), tuple(10.0**i for i in range(-9, 10)),
-)  # fmt: skip
+)
 """Of an axis of ratios, by how far it reaches."""
 BEHIND = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
 STYLE: Mapping[str, Any] = {
@@ -27,7 +27,7 @@ STYLE: Mapping[str, Any] = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK,
     "xtick.color": INK, "ytick.color": INK, "axes.axisbelow": True, "grid.color": "#E6E6E6", "legend.frameon": False,
     "figure.facecolor": "white", "savefig.facecolor": "white",
-}  # fmt: skip
+}
 
 
 def split(case: str) -> tuple[str, str, tuple[str, ...]]:
@@ -94,8 +94,8 @@ def dot(axes: Any, row: Row, y: float, colour: str, text: bool = True) -> None:
         return
     hollow = row.status == "fallback"
     axes.errorbar(row.value, y, xerr=errors(row), fmt="o", markersize=7, color=colour, ecolor=colour, elinewidth=2, capsize=3,
-                  markerfacecolor="white" if hollow else colour, zorder=3)  # fmt: skip
+                  markerfacecolor="white" if hollow else colour, zorder=3)
     if text:
         end = max(row.value, row.p80 or row.value)
         axes.annotate(label(row), (end, y), (8, 0), textcoords="offset points", color=INK, va="center", fontsize=9,
-                      bbox=BEHIND, zorder=2)  # fmt: skip
+                      bbox=BEHIND, zorder=2)

@@ -71,7 +71,7 @@ def write_report(folder: Path) -> Path:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).resolve().parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
+    )
     environment.globals.update(title=title, exact=exact)
     variants = {row.variant for row in rows} | {peer for row in rows for peer in row.case.partition("@")[0].split("/")[1:]}
     page = environment.get_template(TEMPLATE).render(
@@ -79,7 +79,7 @@ def write_report(folder: Path) -> Path:
         warnings=[(suite.name, note) for suite in sections for note in suite.notes if note.status != "ok"],
         pictures=[(picture(path), path.stem.replace("_", " ")) for path in made],
         peers={name: what for name, what in PEERS.items() if name in variants}, command=command(facts),
-    )  # fmt: skip
+    )
     file = folder / FILE
     part = file.with_suffix(".part")
     part.write_text(page, encoding="utf-8")
@@ -123,7 +123,7 @@ def standard(found: Mapping[tuple[str, str, str, str], Row], suite: str, case: s
     if (suite, case, "ours", metric) in found:
         return found[suite, case, "ours", metric]
     others = [row for row in found.values() if (row.suite, row.variant, row.metric) == (suite, "ours", metric)
-              and row.case.partition("@")[0] == case]  # fmt: skip
+              and row.case.partition("@")[0] == case]
     fewest = min((row.case.count("@") for row in others), default=0)
     nearest = [row for row in others if row.case.count("@") == fewest]
     return nearest[0] if len(nearest) == 1 else None

@@ -85,7 +85,7 @@ def goals_of(environment: Mapping[str, Any]) -> Mapping[str, float]:
     """Case of the suite step -> the speedup to reach on this machine."""
     gpu = str(environment.get("gpu") or "")
     found = (goals for (model, name), goals in SOLID.items() if model == environment.get("model") and
-             (name in gpu if name else not gpu))  # fmt: skip
+             (name in gpu if name else not gpu))
     return next(found, {})
 
 

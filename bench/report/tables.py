@@ -26,7 +26,7 @@ SPARSE = 6
 """A column that fewer than one line in so many has something for stands behind the fuller ones."""
 DETAIL = 3
 DETAILS = ("bytes_per_second", "flops_per_second", "samples_per_second", "bytes_forward", "bytes_backward", "flops_forward",
-           "flops_backward")  # fmt: skip
+           "flops_backward")
 """Metrics, by how they begin, that the report shows and the terminal does not."""
 PLOTTED = "curve_"
 """How metrics begin that are for plots: points of curves, in no table."""
@@ -41,7 +41,7 @@ TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 WORDS = {
     "elementwise_bytes": "bytes", "gigabytes_per_second": "bytes/second", "one_minus_cosine": "1 - cosine",
     "relative_error": "error", "seconds": "time", "_per_token_block": "/token/block", "_per_": "/",
-}  # fmt: skip
+}
 """What a column's heading says for a part of the metric's name."""
 
 
@@ -212,7 +212,7 @@ def title(metric: str, cells: Sequence[Cell | None]) -> str:
 def column_width(metric: str, cells: Sequence[Cell | None], inline: bool) -> int:
     found = [cell for cell in cells if cell]
     sizes = [len(cell.text) + (1 + len(cell.spread) if cell.spread else 0) if inline else
-             max(len(cell.text), len(cell.spread)) for cell in found]  # fmt: skip
+             max(len(cell.text), len(cell.spread)) for cell in found]
     return max(*sizes, *(len(word) for word in title(metric, cells).split()))
 
 
@@ -229,7 +229,7 @@ class Note:
         said = []
         for case, variants in self.places.items():
             names = [f"{variant} ({', '.join(map(heading, metrics))})" if self.status == "failed" else variant
-                     for variant, metrics in variants.items()]  # fmt: skip
+                     for variant, metrics in variants.items()]
             said.append(f"{case}: {', '.join(names)}")
         return "; ".join(said[:most]) + (f"; and {len(said) - most} more cases" if len(said) > most else "")
 

@@ -54,7 +54,7 @@ def train(run: Path, words: Sequence[str]) -> None:
         family.load_transformer(torch.float32), [1 - t for t in family.train_grid(s.method.num_states, s.method.shift, shape)],
         weight=s.method.weight, betas=s.train.betas, eps=s.train.eps, weight_decay=s.train.weight_decay,
         grad_clip=s.train.grad_clip, ema_decay=s.teacher.ema_decay, encoders=encoders,
-    )  # fmt: skip
+    )
     plan: tuple[int, list] = (-1, [])
     with (run / "metrics.jsonl").open("w") as log:
         for done in range(s.train.steps):

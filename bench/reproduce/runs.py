@@ -184,7 +184,7 @@ class Plan:
                 return
             self._train(arm, rate, seed)
             self._draw(arm.name, rate, seed, str(self.run(arm.name, rate, seed)),
-                       curve=self.subject.curve and arm.curve, final=True)  # fmt: skip
+                       curve=self.subject.curve and arm.curve, final=True)
             self._prune(arm.name, rate, seed)
         except Lost as error:
             self.lost[arm.name, seed] = str(error)
@@ -230,7 +230,7 @@ class Plan:
         environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         with log.open("a") as said:
             process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=said, stderr=said,
-                                       stdin=subprocess.DEVNULL)  # fmt: skip
+                                       stdin=subprocess.DEVNULL)
         with self._lock:
             self._live.add(process)
         code = process.wait()

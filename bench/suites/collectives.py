@@ -27,7 +27,7 @@ METHODS: dict[str, tuple[str, int | None]] = {
     "broadcast": ("broadcast", 0), "gather": ("gather", 1), "scatter": ("scatter", 0),
     "alltoall": ("all_to_all", 1), "alltoall_base": ("all_to_all", 1), "all_to_all_single": ("all_to_all", 1),
     "send": ("send", 0), "recv": ("recv", 0), "recv_anysource": ("recv", 0), "barrier": ("barrier", None),
-}  # fmt: skip
+}
 """Method of torch's ProcessGroup, the one way to a backend -> what it is, and which of its arguments holds the whole: the
 gathered output, the input that is reduced."""
 
@@ -159,7 +159,7 @@ class Collectives:
 
     def _note(self, kind: str, whole: list[Tensor]) -> None:
         call = Call(kind, sum(t.numel() for t in whole), sum(t.nbytes for t in whole),
-                    any(t.is_floating_point() for t in whole))  # fmt: skip
+                    any(t.is_floating_point() for t in whole))
         if kind == GATHER and call.floating:
             call.weights = self._lying_in(whole)
         self.log.append(call)

@@ -136,7 +136,7 @@ class Cached:
     def __init__(
         self, policy: Literal["off", "memory", "disk"], standing: Standing, records: Sequence[tuple[str, Crop]], model: Model,
         folder: Path | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.device = model.device
         self.cache = ContextCache(
             policy, folder, cast(Family, standing), log=lambda _: None, device=model.device, dtype=model.dtype
@@ -194,11 +194,11 @@ def speeds(
     once: dict[str, Callable[[], Any]] = {
         "memory": partial(build, "memory"), "disk": partial(build, "disk"),
         "reopen": partial(Cached, "disk", standing, records, model, full),
-    }  # fmt: skip
+    }
     built = interleaved(once, options.repeats(5, 2), 1, options.device, options.clock)
     per_record = {name: [value / len(records) for value in values] for name, values in built.items()}
     size = {"memory": sum(t.nbytes for context in contexts["memory"] for t in context.values()),
-            "disk": sum(file.stat().st_size for file in full.glob("contexts-*.safetensors"))}  # fmt: skip
+            "disk": sum(file.stat().st_size for file in full.glob("contexts-*.safetensors"))}
     for name in ("memory", "disk"):
         yield Row(SUITE, case, name, "seconds_to_build", unit="s", **summary(per_record[name]))
         yield Row(SUITE, case, name, "bytes_per_record", size[name] / len(records), "B")

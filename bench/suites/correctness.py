@@ -41,7 +41,7 @@ def measure(options: Options) -> Iterator[Row]:
             op = build(ops.Draw(size, options.device, model.dtype))
             exact = roofline.outcome(op.eager, op.to(torch.float64).tensors)
             found = {variant: roofline.relative_errors(roofline.outcome(function, op.tensors), exact)
-                     for variant, function in (("ours", op.ours), ("eager", op.eager))}  # fmt: skip
+                     for variant, function in (("ours", op.ours), ("eager", op.eager))}
             status, note = roofline.ran(op, options.device)
             yield from tabulate(f"{name}{model.suffix}", found, status, note)
         except Exception as error:

@@ -101,7 +101,7 @@ def judged(row: Row) -> Row:
     if found is None or row.value is None:
         return row
     said = ", ".join(f"{name} {limit:,.0f} {'met' if row.value <= limit else 'MISSED'}"
-                     for name, limit in (("solid", found.solid), ("moonshot", found.moonshot)))  # fmt: skip
+                     for name, limit in (("solid", found.solid), ("moonshot", found.moonshot)))
     return replace(row, note=said)
 
 
@@ -239,7 +239,7 @@ def encoder_launches() -> int:
     config = Qwen3Config(
         vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
         num_key_value_heads=8, head_dim=128,
-    )  # fmt: skip
+    )
     with building("meta", torch.bfloat16):
         model = Qwen3Model(config).eval().to("meta")
     trace = Trace()

@@ -58,7 +58,7 @@ def env(run: Run) -> None:
         h.add_(1)
     taken = time.perf_counter() - began
     run.say("env", copy_TBs=limits.bytes_per_second / 1e12, gemm_TFs=limits.flops_per_second / 1e12,
-            launch_us=taken / calls * 1e6)  # fmt: skip
+            launch_us=taken / calls * 1e6)
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def gemm(run: Run) -> None:
     folded [x | x A^T] [W | s B]^T. All in TFLOP/s of the base product, so a row's numbers compare."""
     size = run.size
     for name, n, k, members in (("qkv", size.width, size.width, 3), ("out", size.width, size.width, 1),
-                                ("up", size.hidden, size.width, 2), ("down", size.width, size.hidden, 1)):  # fmt: skip
+                                ("up", size.hidden, size.width, 2), ("down", size.width, size.hidden, 1)):
         run.say("gemm", group=name, n=n, k=k, members=members, unit="TFLOP/s", **product_rates(run, size, n, k, members))
         run.free()
 
@@ -213,7 +213,7 @@ def gated_norm_backward(run: Run) -> None:
     dr, dy, h, r = (run.draw(tokens, width) for _ in range(4))
     for sums in (False, True):
         call = partial(gated_residual_norm_bwd, dr, dy, h, r, weight, gate, weight, gate, ones, ones, packed.row_sequence,
-                       packed.chunks, sums, sums, True)  # fmt: skip
+                       packed.chunks, sums, sums, True)
         with torch.no_grad():
             seconds = run.clock(call)
         moved = 7 * h.nbytes  # four read, dx, dh and y written
@@ -257,14 +257,14 @@ def timed(run: Run, name: str, one: OurStep | PeerStep, rounds: int) -> dict[str
     row: dict[str, Any] = {"first_seconds": walls[0], "seconds": run.seconds[name], "cpu_seconds": min(processor[2:])}
     if run.cuda:
         row |= {"peak_GB": torch.cuda.max_memory_allocated(run.device) / 1e9,
-                "reserved_GB": torch.cuda.max_memory_reserved(run.device) / 1e9}  # fmt: skip
+                "reserved_GB": torch.cuda.max_memory_reserved(run.device) / 1e9}
     return row
 
 
 def our_step(
     run: Run, name: str, kind: str, cell: Cell, activations: str = "keep", backend: str = "auto", rounds: int = 6,
     trace: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """A row of our training step, and with `trace` the rows of where its time goes."""
     masters = "low_bits" if kind == "full" and run.dtype == torch.bfloat16 else "fp32"
     began = time.perf_counter()
@@ -275,7 +275,7 @@ def our_step(
             row = timed(run, name, one, rounds)
             run.say(name, kind=kind, cell=cell.name, activations=activations, masters=masters, backend=backend,
                     built_seconds=built, **row, loss=one.report.loss, attention=one.pair.describe().get("attention"),
-                    fell_back=one.fell_back())  # fmt: skip
+                    fell_back=one.fell_back())
             if trace:
                 where_time_goes(run, name, one)
         finally:

@@ -68,7 +68,7 @@ class GemmFloor:
     is allocated before the first `run` or after `free`."""
 
     def __init__(self, forward: Callable[[], Any], states: int, device: torch.device,
-                 dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
+                 dtype: torch.dtype = torch.float32) -> None:
         with Recorder() as recorder:
             forward()
         self.products = Counter({product: count * states for product, count in recorder.products.items() if count})

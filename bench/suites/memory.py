@@ -36,6 +36,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -43,13 +44,14 @@ import torch
 
 from bench import forks
 from bench.arrangements import Memory
-from bench.harness import compiled_in_part
+from bench.harness import compiled_in_part, free, new_compiler
 from bench.live import say, tell_parent
+from bench.models import Standard
 from bench.references.reference_eager import Condition
 from bench.results import Options, Row, Status, failed
 from bench.suites import cost
 from bench.suites.room import ENCODERS
-from bench.suites.workload import Cell, OurStep, Workload, peer
+from bench.suites.workload import Cell, OurStep, PeerStep, Workload, settings_of
 from dopsd_fast.memory_moments import Machine
 from dopsd_fast.memory_trace import LiveBytes, Shapes, on_meta, published_family
 from dopsd_fast.memory_trace import measure as trace
@@ -108,39 +110,23 @@ def ends_of(options: Options) -> dict[str, str]:
 # ---- measured --------------------------------------------------------------------------------------------------------
 
 
-class Ours:
-    """A step of ours under a policy."""
-
-    def __init__(self, kind: str, work: Workload) -> None:
-        self.ours = OurStep(kind, work, work.cell.activations)
-
-    def step(self) -> None:
-        self.ours.step()
-
-    def fell_back(self) -> str:
-        return self.ours.fell_back()
-
-
-class Peer:
+class Peer(PeerStep):
     """A step of peer `name` that begins at the conditions. Its moments exist before the first step, as ours do."""
 
     def __init__(self, name: str, kind: str, work: Workload, checkpoint: bool) -> None:
-        self.work, self.compiled = work, name == "R4"
-        self.reference = peer(name, kind, work)
+        super().__init__(name, kind, work)
         if not checkpoint:
             self.reference.model.disable_gradient_checkpointing()
-        optimizer = self.reference.optimizer
         for parameter in self.reference.trainable.values():
-            optimizer.state[parameter] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter),
-                                          "exp_avg_sq": torch.zeros_like(parameter)}  # fmt: skip
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            self.reference.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
 
     def step(self) -> None:
-        self.reference.step(self.work.noise, self.work.student, self.work.teacher)
-        for parameter in self.reference.trainable.values():
-            parameter.grad = None
+        super().step()
+        self.clear()
 
     def fell_back(self) -> str:
-        return compiled_in_part() if self.compiled else ""
+        return compiled_in_part() if self.name == "R4" else ""
 
 
 PEERS: dict[str, Callable[[str, Workload], Any]] = {
@@ -165,7 +151,7 @@ def measured(kind: str, options: Options) -> Iterator[Row]:
         place = case.format(end)
         say(f"{SUITE}: {place}, {name}")
         work.cell = Cell(activations=ends[end] if name == "ours" else "keep")
-        build = Ours if name == "ours" else PEERS[name]
+        build = PEERS[name] if name in PEERS else lambda kind, work: OurStep(kind, work, work.cell.activations)
         try:
             peak, growth, note = in_turn(build, kind, work)
         except Exception as error:
@@ -256,8 +242,7 @@ def alone(build: Callable[[str, Workload], Any], kind: str, work: Workload) -> t
 def examine(build: Callable[[str, Workload], Any], kind: str, work: Workload) -> tuple[float, float, str]:
     """Of the second step: the first one loads and compiles."""
     device = work.model.device
-    torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = 64
+    new_compiler()
     torch._dynamo.utils.counters.clear()
     before = tensors(device)
     program = build(kind, work)
@@ -271,9 +256,7 @@ def examine(build: Callable[[str, Workload], Any], kind: str, work: Workload) ->
         return held + growth, growth, note
     finally:
         del program
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free(device)
 
 
 def tensors(device: torch.device) -> dict[int, Any]:
@@ -297,8 +280,8 @@ def planned(kind: str, work: Workload, activations: str) -> int:
     shapes = Shapes(
         work.family.latent_shape(work.pixels, work.pixels), {"text": (standard.text_tokens, width)},
         {"text": (standard.teacher_tokens, width)},
-    )  # fmt: skip
-    settings = settings_of(kind, activations, model.precision, work.batch, work.states, standard.rank, standard.alpha)
+    )
+    settings = settings_of(kind, work, train={"activations": activations})
     return planned_peak(settings, device.type, work.family, shapes)
 
 
@@ -307,17 +290,6 @@ def planned_peak(settings: Settings, kind: str, family: Any, shapes: Shapes) -> 
     plan = make_plan(settings, Machine(1, 1, None, None, kind), family, shapes)
     counted_in = [plan.worst.device, *([plan.worst.host] if kind == "cpu" else [])]  # on a GPU the host's are not in the peak
     return plan.device_peak - sum(part[name] for part in counted_in for name in ("CUDA context", "Python and libraries"))
-
-
-def settings_of(
-    kind: str, activations: str, precision: str, batch: int, states: int, rank: int, alpha: float
-) -> Settings:  # fmt: skip
-    return Settings.model_validate({
-        "train": {"batch_size": batch, "precision": precision, "activations": activations},
-        "method": {"num_states": states},
-        "adapter": {"kind": kind} | ({"rank": rank, "alpha": alpha} if kind == "lora" else {}),
-        "deepspeed": {"stage": 0},
-    })  # fmt: skip
 
 
 # ---- counted ---------------------------------------------------------------------------------------------------------
@@ -353,7 +325,10 @@ def counted(kind: str, options: Options) -> Iterator[Row]:
 
 
 def full_size(kind: str, activations: str) -> tuple[Settings, Any, Shapes]:
-    settings = settings_of(kind, activations, "bf16", cost.LATENT[0], 4, cost.RANK, cost.ALPHA)
+    standard = Standard(1024, cost.LATENT[0], cost.TEXT, cost.TEACHER_TEXT, cost.RANK, cost.ALPHA)
+    model = SimpleNamespace(precision="bf16", standard=standard)
+    work = SimpleNamespace(batch=standard.batch, states=standard.states, model=model)
+    settings = settings_of(kind, work, train={"activations": activations})
     family = published_family("zimage", settings.conditioning)
     student, teacher = ({"text": (tokens, cost.TEXT_WIDTH)} for tokens in (cost.TEXT, cost.TEACHER_TEXT))
     return settings, family, Shapes(cost.LATENT[1:], student, teacher)

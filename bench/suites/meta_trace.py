@@ -38,7 +38,7 @@ FREE = {
     aten.detach, aten.alias, aten.lift_fresh, aten._unsafe_view, aten._reshape_alias, aten.empty, aten.empty_like,
     aten.empty_strided, aten.empty_permuted, aten.new_empty, aten.new_empty_strided, aten.set_, aten.resize_,
     aten._local_scalar_dense, aten.equal, aten.is_same_size,
-}  # fmt: skip
+}
 GEMMS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.mv, aten.addmv, aten._scaled_mm, aten.convolution}
 OVERWRITES = {aten.copy_, aten.fill_, aten.zero_, aten.normal_, aten.uniform_}
 """In-place ops that do not read what they write."""
@@ -215,7 +215,7 @@ def _tolist(tensor: Tensor) -> Any:
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """scaled_dot_product_attention; on the meta device one fused kernel, whatever the mask."""
     if not query.is_meta:
         return _eager_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)

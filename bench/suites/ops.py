@@ -52,7 +52,7 @@ EPS = 1e-5
 FULL_STATES = 64
 """States of a wide model in divergence_step: those of one picture are too few to fill a GPU."""
 PRODUCTS = {"attention", "pair_linear_lora", "pair_linear_full", "pair_linear_accumulate_lora",
-            "pair_linear_accumulate_full", "fp8_linear"}  # fmt: skip
+            "pair_linear_accumulate_full", "fp8_linear"}
 """Ops that multiply matrices; the tour leaves their compiled peers out, which call the same products."""
 
 
@@ -174,7 +174,7 @@ def _gated_residual_norm(draw: Draw) -> Op:
     eager = partial(gated_residual_norm_ref, row_sequence=draw.sequences.row_sequence, eps=EPS)
     rows = draw(draw.rows, draw.size.width), draw(draw.rows, draw.size.width)
     return Op("gated_residual_norm", ours, eager,
-              (*rows, draw.weight(), draw.modulation(), draw.weight(), draw.modulation()))  # fmt: skip
+              (*rows, draw.weight(), draw.modulation(), draw.weight(), draw.modulation()))
 
 
 def _qk_norm_rope(draw: Draw) -> Op:
@@ -281,7 +281,7 @@ def _accumulate(add: Callable[..., Any], x: Tensor, *tensors: Tensor) -> tuple[T
 def _add_gradients(
     sums_w: list[Tensor], sums_a: list[Tensor], sums_b: list[Tensor], dy: list[Tensor], x: Tensor, scales: list[float],
     xa: Tensor, q: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """As autograd does it: each gradient in the tensors' dtype, then added."""
     for total, gradient in zip(sums_w, dy):
         total += gradient.t() @ x
@@ -297,7 +297,7 @@ def _fp8_linear(draw: Draw) -> Op:
     weight = draw(size.hidden, size.width, grad=False, scale=size.width**-0.5)
     quantised = Fp8Weight(weight)
     return Op("fp8_linear", lambda x: fp8_linear(x, quantised), lambda x: F.linear(x, weight.to(x.dtype)),
-              (draw(draw.rows, size.width),))  # fmt: skip
+              (draw(draw.rows, size.width),))
 
 
 OPS: dict[str, Callable[[Draw], Op]] = {

@@ -225,7 +225,7 @@ def same_curves(ours: Sequence[list[dict]], eager: Sequence[list[dict]]) -> Iter
     for domain in DOMAINS if ours and eager else ():
         for metric in ours[0][0][domain]:
             tables = [np.array([[point[domain][metric] for point in curve if point["step"] in steps] for curve in curves])
-                      for curves in (ours, eager)]  # fmt: skip
+                      for curves in (ours, eager)]
             apart = np.abs(tables[0].mean(0) - tables[1].mean(0)).max()
             noise = max(np.ptp(table, axis=0).max() for table in tables)
             if noise > 0:

@@ -40,7 +40,7 @@ class Ours:
             "train": {"batch_size": len(texts), "precision": model.precision},
             "adapter": {"kind": "full"},
             "teacher": {"kind": "student"},
-        })  # fmt: skip
+        })
         self.family, self.noise = model.family, noise
         self.contexts = [{"text": text} for text in texts]
         self.pair = build_pair(model.family, settings, model.dtype, model.device)
@@ -72,7 +72,7 @@ class Diffusers:
         return self.pipeline(
             height=height, width=width, num_inference_steps=len(grid) - 1, guidance_scale=0.0, latents=self.noise,
             prompt_embeds=self.texts, output_type="latent", return_dict=False,
-        )[0]  # fmt: skip
+        )[0]
 
     def fell_back(self) -> str:
         return ""

@@ -54,7 +54,7 @@ class Cell:
     def name(self) -> str:
         """What the case's name gets: "@512px@batch4", nothing for the standard configuration."""
         known = [(self.layers, "{}layers"), (self.pixels, "{}px"), (self.batch, "batch{}"), (self.states, "K{}"),
-                 (self.activations if self.activations != "keep" else None, "{}")]  # fmt: skip
+                 (self.activations if self.activations != "keep" else None, "{}")]
         return "".join(f"@{text.format(value)}" for value, text in known if value is not None)
 
 
@@ -108,7 +108,7 @@ class Workload:
             folder = self.family.path
             model = self.model
             found = ReferenceEncoders(folder, self.family.vlm_folder, device=model.device, dtype=model.dtype,
-                                      max_pixels=model.shown_pixels)  # fmt: skip
+                                      max_pixels=model.shown_pixels)
         else:
             from bench.references.random_encoders import RandomEncoders
 
@@ -287,7 +287,7 @@ class PlainEngine(Engine):
             parameters, lr=train.learning_rate, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay,
             ema_decay=settings.teacher.ema_decay, masters=train.masters,
             teachers={trained.student: trained.teacher for trained in self._trained},
-        )  # fmt: skip
+        )
         for parameter in parameters:
             self.optimizer.init_state(parameter, True)
 

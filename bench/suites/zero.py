@@ -56,12 +56,12 @@ from bench.results import Options, Row, failed
 from dopsd_fast.errors import UserError
 
 COUNTS = {"gathers_per_step": "", "gathers_of_one_weight_per_step": "", "gathers_for_average_per_step": "",
-          "gathered_bytes_per_step": "B", "reduced_bytes_per_step": "B", "collectives_per_step": ""}  # fmt: skip
+          "gathered_bytes_per_step": "B", "reduced_bytes_per_step": "B", "collectives_per_step": ""}
 """Metric -> unit."""
 SAME_LOSS = {"fp32": 1e-3, "bf16": 0.1}
 """Largest relative difference of the first loss from plain's that is rounding and no other work."""
 PRELOAD = ("deepspeed", "peft", "diffusers.models.transformers.transformer_z_image", "dopsd_fast.sharding",
-           "bench.arrangements")  # fmt: skip
+           "bench.arrangements")
 OTHER_WORK = "other work than plain's"
 SECONDS = 1200
 """Time that one arrangement's ranks have."""
