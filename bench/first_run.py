@@ -16,7 +16,6 @@ installed, and how to bring it to a machine without a network: bench/full_size.p
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
 import os
@@ -102,11 +101,9 @@ class Run:
         return torch.randn(*shape, device=self.device, dtype=dtype or self.dtype) * scale
 
     def free(self) -> None:
-        import torch
+        from bench.harness import free
 
-        gc.collect()
-        if self.cuda:
-            torch.cuda.empty_cache()
+        free(self.device)
 
     def dead(self) -> str:
         """Why nothing runs on the device any more; empty: it does. An illegal access makes all later calls raise, a lack of

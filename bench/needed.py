@@ -45,8 +45,6 @@ PACKAGES = (
     Package("deepspeed", "deepspeed", brought=True, needed=False),
     Package("flash-attn", "flash_attn", needed=False),
 )
-FROM_SOURCE = ("deepspeed",)
-"""What has no wheel on PyPI: `pip wheel` makes one."""
 
 
 def absent(needed: bool) -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bench.breakdown import break_down, traced
 from bench.clock import synchronize
+from bench.harness import relative
 from bench.references.reference_eager import STRONGER
 from bench.suites import ops as kernels
 from bench.suites import roofline
@@ -39,11 +40,6 @@ LARGEST = 16e6
 """Bytes that a trace may have; one that is larger is left out, its breakdown is in first.jsonl."""
 KERNELS = 22
 """Of a trace, the kernels that take longest, a line each."""
-
-
-def distance(found: Tensor, exact: Tensor) -> float:
-    """Relative, in the 2-norm."""
-    return float((found.double() - exact.double()).norm() / exact.double().norm())
 
 
 # ---- what the machine can do -----------------------------------------------------------------------------------------
@@ -111,7 +107,7 @@ def product_rates(run: Run, size: kernels.Size, n: int, k: int, members: int) ->
         none = x.new_empty(0)
         call = partial(pair_linear_accumulate, [total], [], [], dy[:1], x, scales[:1], none, none)
         found["dW_fp32_sums"] = run.rate(2 * tokens * n * k, call)
-    return found | {"triton_against_cublas": [distance(*pair) for pair in zip(results[1][:2], results[0][:2])]}
+    return found | {"triton_against_cublas": [relative(*pair) for pair in zip(results[1][:2], results[0][:2])]}
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -129,7 +125,7 @@ def attend(run: Run) -> None:
     for name in (name for name in fit if name != "varlen"):  # varlen is flash with packed sequences
         try:
             out, grads, _ = attended(name, q, k, v, dout)
-            apart = [distance(*pair) for pair in zip((out, *grads), exact)]
+            apart = [relative(*pair) for pair in zip((out, *grads), exact)]
             run.say("attend", backend=name, unit="TFLOP/s", error=apart, **dense_rates(run, name))
         except Exception as error:  # a library that cannot do it hides no other
             run.fail("attend", error, backend=name)

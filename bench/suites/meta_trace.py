@@ -16,8 +16,8 @@ no kernels. scaled_dot_product_attention is taken for a flash kernel. `.item()` 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -48,13 +48,10 @@ FOREACH_TENSORS = (110, 64, 48, 36, 30)
 FOREACH_CHUNK, FOREACH_BLOCKS = 65536, 320
 """torch's multi-tensor kernels: tensors a launch by the number of lists, elements a block, blocks a launch."""
 
-PHASES = ("student forward", "teacher forward", "recompute", "backward", "accumulate", "other")
-"""`forward`: inside a watched module, student with gradients enabled, teacher without. `recompute`: the same during
-backward. `accumulate`: adding a parameter's gradient to its `.grad`. `other`: outside of every watched module."""
-
-
 class Trace:
-    """One traced program. Regions nest: work belongs to the innermost."""
+    """One traced program. Regions nest: work belongs to the innermost. Phases: "student forward" and "teacher forward" inside a
+    watched module, with and without gradients; "recompute", the same during backward; "backward"; "accumulate", adding a
+    parameter's gradient to its `.grad`; "other", outside of every watched module."""
 
     def __init__(self) -> None:
         self.costs: dict[tuple[str, str, str], Cost] = defaultdict(Cost)
@@ -90,15 +87,6 @@ class Trace:
         while self._handles:
             self._handles.pop().remove()
 
-    @contextmanager
-    def block(self, region: str) -> Iterator[None]:
-        """What runs inside is `region`, without its backward."""
-        self._push(region)
-        try:
-            yield
-        finally:
-            self._forward.pop()
-
     # ---- results -----------------------------------------------------------------------------------------------------
 
     def cost(self, region: str | None = None, phase: str | None = None, op: str = "") -> Cost:
@@ -108,11 +96,6 @@ class Trace:
             if region in (None, where) and phase in (None, when) and op in what:
                 total += cost
         return total
-
-    def table(self, region: str, phase: str) -> list[tuple[str, int, Cost]]:
-        """(op, calls, cost), the most bytes first."""
-        rows = [(op, self.calls[key], cost) for key, cost in self.costs.items() if key[:2] == (region, phase) for op in key[2:]]
-        return sorted(rows, key=lambda row: -row[2].elementwise_bytes)
 
     # ---- running -----------------------------------------------------------------------------------------------------
 

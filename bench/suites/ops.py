@@ -314,9 +314,3 @@ OPS: dict[str, Callable[[Draw], Op]] = {
     "pair_linear_accumulate_full": _accumulate_full,
     "fp8_linear": _fp8_linear,
 }
-
-
-def ops(size: Size, device: torch.device, dtype: torch.dtype) -> list[Op]:
-    """Every op at one size, on random numbers."""
-    torch.manual_seed(0)
-    return [build(Draw(size, device, dtype)) for build in OPS.values()]
