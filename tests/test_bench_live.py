@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
-from bench import clock, live
+from bench import clock, harness, live
 from bench.report.tables import console_of, show
-from bench.results import Row, failed, merged, read_results
+from bench.results import Options, Row, failed, merged, read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -114,6 +115,45 @@ def test_the_row_with_most_measurements_stays():
     few, many, lost = row(n=2, value=2.0), row(n=3, value=3.0), failed(*row().key, "s", "no memory")
     assert merged([few, many]) == merged([many, few]) == [many] and merged([lost, few]) == merged([few, lost]) == [few]
     assert merged([few, row(n=2, value=5.0), row("peak_bytes")]) == [few, row("peak_bytes")]
+
+
+class Broken(Exception):
+    pass
+
+
+def test_a_timing_that_is_stopped_leaves_its_finished_rounds(monkeypatch):
+    """In the fourth round: of ours three measurements, and the ratio of three; what raises alone is left out before."""
+    monkeypatch.setattr(harness, "TOLD_AGAIN", 0.0)
+    calls = [0]
+
+    def stopped():
+        calls[0] += 1
+        if calls[0] == 1 + 4:  # the first call tries it
+            raise live.Stopped
+
+    def broken():
+        raise Broken("no room")
+
+    contest = harness.Contest("step", "lora{}@K8", Options("nano", torch.device("cpu"), threads=1, rounds=20))
+    told: list[Row] = []
+    with pytest.raises(live.Stopped):
+        for one in contest.time({"ours": stopped, "R1": lambda: None, "R2": broken}, contest.speeds, warmup=0):
+            told.append(one)
+    found = {(one.case, one.variant): one for one in merged(told)}
+    assert found["lora@K8", "ours"].n == found["lora@K8", "R1"].n == found["lora/R1@K8", "ours"].n == 3
+    assert found["lora/R1@K8", "ours"].metric == "speedup" and len(found) == 5
+    for place in (("lora@K8", "R2"), ("lora/R2@K8", "ours")):
+        assert (found[place].status, found[place].note) == ("failed", "Broken: no room")
+
+
+def test_a_fallback_is_one_of_the_ratio_too():
+    contest = harness.Contest("step", "lora{}", Options("nano", torch.device("cpu"), threads=1), notes={"R4": "not compiled"})
+    rows = list(contest.speeds({"ours": [1.0, 1.0], "R4": [2.0, 2.0]}, {"states_per_second": ("1/s", 8.0)}))
+    assert [(one.case, one.variant, one.value, one.status, one.note) for one in rows] == [
+        ("lora", "ours", 1.0, "ok", ""), ("lora", "ours", 8.0, "ok", ""),
+        ("lora", "R4", 2.0, "fallback", "not compiled"), ("lora", "R4", 4.0, "fallback", "not compiled"),
+        ("lora/R4", "ours", 2.0, "fallback", "R4: not compiled"),
+    ]
 
 
 PROGRAM = """
