@@ -17,9 +17,9 @@ from bench.references.plain_zero import LIKE_A_LARGE_MODEL, PlainZero
 from bench.references.reference_eager import Adapter, Condition
 from bench.suites.collectives import Collectives
 from bench.suites.workload import OurStep, Workload, settings_of
-from dopsd_fast.objective import make_objective
-from dopsd_fast.sharding import Engine
-from dopsd_fast.teacher import build_pair
+from dopsd_fast.distributed.registry import make_engine
+from dopsd_fast.families.build import build_pair
+from dopsd_fast.method.registry import make_objective
 
 STATES = 4
 SEED = 0
@@ -91,8 +91,8 @@ class Ours(OurStep):
                        "config": {"zero_optimization": zero} if zero else {}},
         )
         self.pair = build_pair(batch.family, settings, batch.model.dtype, batch.model.device)
-        self.objective = make_objective(settings)
-        self.engine = Engine(self.pair, settings)
+        self.objective = make_objective(settings.method)
+        self.engine = make_engine(self.pair, settings)
 
     def weights(self) -> Iterator[tuple[str | None, Any]]:
         """(stock name, parameter) of student and teacher; None for an adapter's."""

@@ -230,7 +230,7 @@ def run_part(arguments: argparse.Namespace) -> int:
 
     from bench.live import live
     from bench.results import failed
-    from dopsd_fast.telemetry import quiet_libraries
+    from dopsd_fast.run.console import quiet_libraries
 
     part = next(part for part in PARTS if part.name == arguments.part)
     options = options_of(arguments)

@@ -23,7 +23,7 @@ from bench.suites import correctness, room, step, workload
 from bench.suites.gemm_floor import GemmFloor, Recorder
 from bench.suites.workload import Cell, Workload
 from dopsd_fast.errors import UserError
-from dopsd_fast.settings import Settings
+from dopsd_fast.settings.schema import Settings
 from dopsd_kernels import native_ops
 from tests import tiny
 

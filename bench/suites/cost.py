@@ -36,7 +36,7 @@ from bench.references.reference_eager import ZIMAGE_TARGETS, Adapter, Condition,
 from bench.results import Options, Row, failed
 from bench.suites.meta_trace import Trace
 from bench.suites.workload import PlainEngine
-from dopsd_fast.settings import Settings
+from dopsd_fast.settings.schema import Settings
 from dopsd_kernels.costs import Cost
 
 GRID = [0.0, 0.1, 0.25, 0.5, 1.0]  # K = 4, shift 3
@@ -193,9 +193,10 @@ def _traced(step: ReferenceStep, call: Callable[..., Any]) -> Trace:
 
 
 def pair(kind: str, size: Size) -> Any:
-    """As `dopsd_fast.teacher.build_pair` makes it."""
-    from dopsd_fast.families.zimage_pair import ZImagePair
-    from dopsd_fast.teacher import STUDENT, TEACHER, Pair, add_adapters
+    """As `dopsd_fast.families.build.build_pair` makes it."""
+    from dopsd_fast.families.zimage.pair import ZImagePair
+    from dopsd_fast.pair.lora import add_adapters
+    from dopsd_fast.pair.student_teacher import STUDENT, TEACHER, Pair
 
     student = transformer(size).requires_grad_(False)
     config = teacher = None
@@ -214,7 +215,8 @@ def pair(kind: str, size: Size) -> Any:
 
 
 def trace_ours(kind: str, size: Size) -> Trace:
-    from dopsd_fast.objective import DOPSD, StepInputs
+    from dopsd_fast.method.dopsd import DOPSD
+    from dopsd_fast.method.objective import StepInputs
 
     made, trace = pair(kind, size), Trace()
     engine = PlainEngine(made, Settings())
@@ -225,7 +227,7 @@ def trace_ours(kind: str, size: Size) -> Trace:
     noise = torch.empty(LATENT, device="meta")
     contexts = [{"text": text(TEXT)}], [{"text": text(TEACHER_TEXT)}]
     with trace:
-        forward = made.open(None, *contexts, noise.shape)
+        forward = made.open(*contexts, noise.shape)
         DOPSD("x1").accumulate(StepInputs(noise, size.grid, forward), lambda loss: loss.backward())
         engine.step(1e-4)
     return trace

@@ -37,7 +37,7 @@ from bench.results import Options, Row, failed
 from bench.suites.gemm_floor import GemmFloor
 from bench.suites.rollout import OurPair, PeerPair
 from bench.suites.workload import Cell, Workload
-from dopsd_fast.teacher import TEACHER
+from dopsd_fast.pair.student_teacher import TEACHER
 
 SUITE = "forward"
 OTHERS = ("two_calls", "diffusers", "compiled")
@@ -101,8 +101,8 @@ class Ours(Both, OurPair):  # type: ignore[misc]
 class TwoCalls(Ours):
     def velocities(self) -> tuple[Velocities, Callable[[], Any]]:  # type: ignore[override]
         work, shape = self.work, self.work.noise.shape
-        v_t = self.pair.sampler(work.family, TEACHER, work.contexts(work.teacher), shape)(work.noise, self.time())
-        forward = self.pair.open(work.family, work.contexts(work.student), [], shape)
+        v_t = self.pair.sampler(TEACHER, work.contexts(work.teacher), shape)(work.noise, self.time())
+        forward = self.pair.open(work.contexts(work.student), [], shape)
         return (forward(work.noise, self.time())[0], v_t), lambda: forward.finish(torch.Tensor.backward)
 
 

@@ -44,7 +44,8 @@ from bench.suites.workload import (
     settings_of,
     stock_name,
 )
-from dopsd_fast.objective import StepInputs, make_objective
+from dopsd_fast.method.objective import StepInputs
+from dopsd_fast.method.registry import make_objective
 
 SUITE = "rollout"
 MORE_STATES = 8
@@ -69,7 +70,7 @@ class OurPair(OurStep):
 
     def __init__(self, kind: str, work: Workload) -> None:
         settings = settings_of(kind, work, method={"weight": "v"})
-        self.work, self.objective, self.engine = work, make_objective(settings), None  # type: ignore[assignment]
+        self.work, self.objective, self.engine = work, make_objective(settings.method), None  # type: ignore[assignment]
         self.pair = pair_on_device(work.model, settings)
         for trained in self.pair.trained():
             trained.student.grad_dtype = torch.float32

@@ -23,14 +23,17 @@ from torch import Tensor
 from bench.models import Model
 from bench.references.reference_eager import STRONGER, Adapter, Condition, ReferenceEncoders, ReferenceStep
 from bench.results import Options
+from dopsd_fast.conditioning.context import Context
+from dopsd_fast.data.images import load_image
+from dopsd_fast.data.records import read_records
+from dopsd_fast.distributed.registry import make_engine
 from dopsd_fast.errors import UserError
-from dopsd_fast.families import Context, Family
-from dopsd_fast.images import load_image
-from dopsd_fast.objective import StepInputs, make_objective
-from dopsd_fast.records import read_records
-from dopsd_fast.settings import DataSettings, Settings
-from dopsd_fast.sharding import Engine
-from dopsd_fast.teacher import Pair, build_pair
+from dopsd_fast.families.base import Family
+from dopsd_fast.families.build import build_pair
+from dopsd_fast.method.objective import StepInputs
+from dopsd_fast.method.registry import make_objective
+from dopsd_fast.pair.student_teacher import Pair
+from dopsd_fast.settings.schema import DataSettings, Settings
 from dopsd_kernels.adamw_ema import AdamWEMA
 from dopsd_kernels.triton_compat import HAS_TRITON
 
@@ -208,7 +211,7 @@ class OurStep:
 
     def __init__(self, kind: str, work: Workload, activations: str = "keep", masters: str = "fp32") -> None:
         settings = settings_of(kind, work, train={"masters": masters, "activations": activations})
-        self.work, self.objective = work, make_objective(settings)
+        self.work, self.objective = work, make_objective(settings.method)
         self.pair = pair_on_device(work.model, settings)
         if kind == "lora":
             for trained in self.pair.trained():
@@ -219,7 +222,7 @@ class OurStep:
     def open(self) -> Any:
         """The pair's forward on the batch's contexts."""
         work = self.work
-        return self.pair.open(work.family, work.contexts(work.student), work.contexts(work.teacher), work.noise.shape)
+        return self.pair.open(work.contexts(work.student), work.contexts(work.teacher), work.noise.shape)
 
     def backward(self) -> None:
         with self.engine.accumulating():
