@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 
-from bench.cases.collectives import Collectives
 from bench.clock import synchronize
 from bench.models import Model
-from bench.peers.plain_zero import LIKE_A_LARGE_MODEL, PlainZero
-from bench.peers.reference_eager import Adapter, Condition
-from dopsd_fast.settings.schema import Settings
+from bench.references.plain_zero import LIKE_A_LARGE_MODEL, PlainZero
+from bench.references.reference_eager import Adapter, Condition
+from bench.suites.collectives import Collectives
+from bench.suites.workload import OurStep, Workload, settings_of
+from dopsd_fast.distributed.registry import make_engine
+from dopsd_fast.families.build import build_pair
+from dopsd_fast.method.registry import make_objective
 
 STATES = 4
 SEED = 0
@@ -49,48 +52,45 @@ def arrangements(kind: str, standard: bool = False) -> list[Arrangement]:
     made.append(Arrangement("full/resident"))
     made += [Arrangement(f"full/stage{stage}", kind, stage) for stage in (0, 1, 2)]
     made += [replace(one, case=f"{one.case}/offload", offload=True) for one in made
-             if not one.plain and one.case in ("full", "full/resident", "full/stage2")]  # fmt: skip
+             if not one.plain and one.case in ("full", "full/resident", "full/stage2")]
     return made
 
 
 class Batch:
-    """What every arrangement steps on; noise and contexts are a rank's own. `size`: pictures a rank, no more than two."""
+    """What every arrangement steps on, as `Workload` has it; noise and contexts are a rank's own. `batch`: pictures a rank, no
+    more than two."""
+
+    states = STATES
+    contexts = Workload.contexts
 
     def __init__(self, model: Model, rank: int) -> None:
         self.model, self.family, standard = model, model.family, model.standard
-        self.size = min(2, standard.batch)
+        self.batch = min(2, standard.batch)
         self.grid = model.grid(STATES, standard.pixels)
         shape, width = self.family.latent_shape(standard.pixels, standard.pixels), model.config["cap_feat_dim"]
         draw = torch.Generator().manual_seed(SEED + rank)
-        self.noise = torch.randn((self.size, *shape), generator=draw).to(model.device)
+        self.noise = torch.randn((self.batch, *shape), generator=draw).to(model.device)
         self.student, self.teacher = (
-            [torch.randn(tokens, width, generator=draw).to(model.device, model.dtype) for _ in range(self.size)]
+            [Condition(torch.randn(tokens, width, generator=draw).to(model.device, model.dtype)) for _ in range(self.batch)]
             for tokens in (standard.text_tokens, standard.teacher_tokens)
         )
 
 
-class Ours:
-    """Pair, objective and engine as the trainer runs them."""
+class Ours(OurStep):
+    """Pair, objective and engine as the trainer runs them over ranks; the adapters as PEFT draws them, B zero."""
 
     def __init__(self, one: Arrangement, batch: Batch) -> None:
-        from dopsd_fast.distributed.registry import make_engine
-        from dopsd_fast.families.build import build_pair
-        from dopsd_fast.method.registry import make_objective
-
         zero: dict[str, Any] = dict(LIKE_A_LARGE_MODEL) if one.stage == 3 else {}
         if one.offload:
             zero["offload_optimizer"] = {"device": "cpu"}
-        model = batch.model
-        settings = Settings.model_validate({
-            "train": {"batch_size": batch.size, "learning_rate": LEARNING_RATE, "precision": model.precision,
-                      "activations": "recompute" if one.gather == "sweep" else "keep"},
-            "method": {"num_states": STATES},
-            "adapter": {"kind": one.kind, "rank": model.standard.rank, "alpha": model.standard.alpha},
-            "deepspeed": {"stage": one.stage, "gather": one.gather if one.stage == 3 else "auto",
-                          "config": {"zero_optimization": zero} if zero else {}},
-        })  # fmt: skip
-        self.batch = batch
-        self.pair = build_pair(batch.family, settings, model.dtype, model.device)
+        self.work = batch  # type: ignore[assignment]
+        settings = settings_of(
+            one.kind, batch,
+            train={"learning_rate": LEARNING_RATE, "activations": "recompute" if one.gather == "sweep" else "keep"},
+            deepspeed={"stage": one.stage, "gather": one.gather if one.stage == 3 else "auto",
+                       "config": {"zero_optimization": zero} if zero else {}},
+        )
+        self.pair = build_pair(batch.family, settings, batch.model.dtype, batch.model.device)
         self.objective = make_objective(settings.method)
         self.engine = make_engine(self.pair, settings)
 
@@ -100,25 +100,15 @@ class Ours:
             for name, parameter in branch.named_parameters():
                 yield None if ".lora_" in name else name.replace(".base_layer.", "."), parameter
 
-    def step(self) -> float:
-        from dopsd_fast.method.objective import StepInputs
-
-        batch = self.batch
-        student, teacher = ([{"text": text} for text in texts] for texts in (batch.student, batch.teacher))
-        with self.engine.accumulating():
-            forward = self.pair.open(student, teacher, batch.noise.shape)
-            inputs = StepInputs(noise=batch.noise, grid=batch.grid, forward=forward)
-            report = self.objective.accumulate(inputs, self.engine.backward)
+    def step(self) -> float:  # type: ignore[override]
+        self.backward()
         self.engine.step(LEARNING_RATE)
-        return report.loss
+        return self.report.loss
 
     def counted(self) -> dict[str, float]:
         with Collectives(self.weights()) as counted:
             self.step()
         return counts(counted)
-
-    def close(self) -> None:
-        self.engine.close()
 
 
 class Plain:
@@ -126,9 +116,9 @@ class Plain:
         standard = batch.model.standard
         adapter = Adapter(standard.rank, standard.alpha) if one.kind == "lora" else None
         sigmas = [1.0 - t for t in batch.grid]
-        self.peer = PlainZero(batch.model.transformer(), sigmas, batch_size=batch.size, adapter=adapter,
-                              learning_rate=LEARNING_RATE)  # fmt: skip
-        self.inputs = (batch.noise, [Condition(text) for text in batch.student], [Condition(text) for text in batch.teacher])
+        self.peer = PlainZero(batch.model.transformer(), sigmas, batch_size=batch.batch, adapter=adapter,
+                              learning_rate=LEARNING_RATE)
+        self.inputs = batch.noise, batch.student, batch.teacher
 
     def step(self) -> float:
         return self.peer.step(*self.inputs)
@@ -181,7 +171,7 @@ def examine(one: Arrangement, model: Model, rank: int, counted: int, timed: int)
         synchronize(device)
         seconds.append(time.perf_counter() - started)
     result = {"first_loss": first_loss, "steps": steps, "seconds_per_step": seconds, "peak_bytes": [memory.growth()],
-              "precision": model.precision}  # fmt: skip
+              "precision": model.precision}
     program.close()
     return result
 

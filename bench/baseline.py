@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
-from bench.results import ROOT, Options, Row
+from bench.results import ROOT, Options, Row, merged
 from dopsd_fast.errors import UserError
 
 FILE = ROOT / "bench" / "baseline.json"
@@ -26,7 +26,7 @@ Counts = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.baseline", description="Counts that no machine changes, against "
-                                     "bench/baseline.json; exit code 1 when one is more than 2 %% worse.")  # fmt: skip
+                                     "bench/baseline.json; exit code 1 when one is more than 2 %% worse.")
     parser.add_argument("--update", action="store_true", help="write what is counted now")
     arguments = parser.parse_args(argv)
     try:
@@ -50,17 +50,17 @@ def measure() -> list[Row]:
     """The rows of all counts, full size but for zero's."""
     import torch
 
-    from bench.cases import cost, memory, zero
+    from bench.suites import cost, memory, zero
 
     cpu = torch.device("cpu")
     rows = [row for kind in KINDS for row in cost.ours(kind, cost.Size())]
     rows += [row for kind in KINDS for row in memory.counted(kind, Options("nano", cpu, threads=torch.get_num_threads()))]
-    return rows + zero.run(Options("nano", cpu, tour=True, quick=True))
+    return rows + merged(zero.measure(Options("nano", cpu, tour=True, quick=True)))
 
 
 def counts(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
     """What of `rows` belongs into the file. UserError, one line: a count that could not be taken."""
-    from bench.cases.zero import COUNTS
+    from bench.suites.zero import COUNTS
 
     wanted = {"memory": ("activation_bytes", "peak_bytes"), "zero": (*COUNTS,)}
     found: dict[str, dict[str, dict[str, float]]] = {}
@@ -85,14 +85,14 @@ def read() -> Counts:
 
 def flat(found: Counts) -> dict[tuple[str, str, str], float]:
     return {(suite, case, metric): float(value) for suite, cases in found.items() for case, metrics in cases.items()
-            for metric, value in metrics.items()}  # fmt: skip
+            for metric, value in metrics.items()}
 
 
 def worse(found: Counts, before: Counts) -> list[str]:
     """A line for each count that is more than `LIMIT` above its baseline, and each that only one of the two has."""
     now, then = flat(found), flat(before)
     lines = [f"worse: {' '.join(key)}: {now[key]:,g}, before {value:,g}{percent(now[key], value)}"
-             for key, value in then.items() if key in now and now[key] > value * (1 + LIMIT)]  # fmt: skip
+             for key, value in then.items() if key in now and now[key] > value * (1 + LIMIT)]
     lines += [f"worse: {' '.join(key)} is not counted any more" for key in then if key not in now]
     return lines + [f"worse: {' '.join(key)} is not in {FILE.name}: --update" for key in now if key not in then]
 
@@ -101,7 +101,7 @@ def better(found: Counts, before: Counts) -> list[str]:
     """A line for each count that is more than `LIMIT` below: --update holds it there."""
     now, then = flat(found), flat(before)
     return [f"better: {' '.join(key)}: {now[key]:,g}, before {value:,g}{percent(now[key], value)}; hold it with --update"
-            for key, value in then.items() if key in now and now[key] < value * (1 - LIMIT)]  # fmt: skip
+            for key, value in then.items() if key in now and now[key] < value * (1 - LIMIT)]
 
 
 def percent(now: float, before: float) -> str:

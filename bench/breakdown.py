@@ -13,12 +13,11 @@ on any stream, and `idle` is a GPU without work. On a CPU a part is its operator
 call; `idle` is Python, dispatch and the autograd engine, and the whole of the optimizer's call is the optimizer's, since its
 native code is no operator.
 
-The trace is written as torch.profiler exports it (for chrome://tracing or ui.perfetto.dev), gzipped from 4 MiB on.
+The trace is written as torch.profiler exports it (for Chrome's tracing page or perfetto.dev), gzipped from 4 MiB on.
 """
 
 from __future__ import annotations
 
-import gc
 import gzip
 import json
 import os
@@ -37,11 +36,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.clock import interleaved, summary, synchronize
+from bench.harness import free
+from bench.live import say
 from bench.results import Options, Row, Status, failed
-from bench.show import step
 
 if TYPE_CHECKING:
-    from bench.cases.workload import Workload
+    from bench.suites.workload import Workload
 
 SUITE = "profile"
 WORK = ("gemm", "attention", "elementwise", "optimizer", "communication", "other")
@@ -67,7 +67,7 @@ KERNELS = (
     ("elementwise", r"elementwise|vectorized|unrolled|reduce|copy|memcpy dtod|memset|fill|functor|cat|softmax|norm|index"
                     r"|gather|scatter|scan|sort|distribution|arange|foreach|multi_tensor|triton|embedding|quantise"
                     r"|swiglu|rope|modulate|divergence|^(forward|backward|finish)_kernel"),
-)  # fmt: skip
+)
 """The first rule whose pattern is found in a kernel's name, in small letters, decides."""
 
 OPERATORS = (
@@ -82,7 +82,7 @@ OPERATORS = (
          r"|movedim|contiguous|can_cast|resolve_\w+|view_as_\w+|real|imag|numpy_t|broadcast_to)$"),
     ("elementwise", r"^(aten|dopsd)::"),
     ("", r"backward\d*$|^autograd::|^torch::autograd|^(?!.*::)"),
-)  # fmt: skip
+)
 """The same for operators; "": no work of its own, its time is its caller's."""
 
 LAUNCH = re.compile(r"launch|memcpy|memset", re.IGNORECASE)
@@ -256,33 +256,30 @@ def host_spans(by_category: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[S
 # ---- the step --------------------------------------------------------------------------------------------------------
 
 
-def profile_step(options: Options, out: Path) -> list[Row]:
+def profile_step(options: Options, out: Path) -> Iterator[Row]:
     """Rows of suite "profile" for options.kinds, "ours" and "R1"; traces in `out`/profile/<kind>-<variant>.json or .json.gz.
 
     case "lora" or "full"; seconds_<part> and share_<part> for PARTS, seconds_per_step (profiled), profiler_overhead (that
     over the step without profiler); on a GPU also seconds_launch and launches_per_step.
     """
-    from bench.cases.workload import Workload
+    from bench.suites.workload import Workload
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells of every start and stop on the terminal
-    work, rows = Workload(options), []
+    work = Workload(options)
     for kind in options.kinds:
         for variant in VARIANTS:
             case = f"{kind}{work.suffix}"
-            step(f"profile: {kind}, {variant}")
+            say(f"profile: {kind}, {variant}")
             work.forget_encoders()
             try:
-                rows += profile_variant(case, kind, variant, work, out / "profile" / f"{kind}-{variant}.json")
+                yield from profile_variant(case, kind, variant, work, out / "profile" / f"{kind}-{variant}.json")
             except Exception as error:
-                rows.append(failed(SUITE, case, variant, "seconds_per_step", "s", error))
-            gc.collect()
-            if options.device.type == "cuda":
-                torch.cuda.empty_cache()
-    return rows
+                yield failed(SUITE, case, variant, "seconds_per_step", "s", error)
+            free(options.device)
 
 
 def profile_variant(case: str, kind: str, variant: str, work: Workload, file: Path) -> list[Row]:
-    from bench.cases.workload import OurStep, PeerStep
+    from bench.suites.workload import OurStep, PeerStep
 
     if variant == "ours":
         ours = OurStep(kind, work)

@@ -10,10 +10,12 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
+
+from bench.live import tick
 
 
 class Summary(TypedDict):
@@ -98,6 +100,10 @@ def kernel_clock(device: torch.device, clock: str = "wall") -> str:
     return "events" if device.type == "cuda" else clock
 
 
+LONG = 0.2
+"""Seconds from which on a call is shown while it lasts."""
+
+
 def interleaved(
     calls: Mapping[str, Callable[[], Any]],
     rounds: int,
@@ -105,7 +111,22 @@ def interleaved(
     device: torch.device | str = "cpu",
     clock: str = "wall",
 ) -> dict[str, list[float]]:
-    """Seconds of each call in each of `rounds` rounds; entry i of every list is from the same round. `clock`: as in `timer`.
+    """Seconds of each call in each of `rounds` rounds: what `in_turns` gives at last."""
+    seconds: dict[str, list[float]] = {}
+    for found in in_turns(calls, rounds, warmup, device, clock):
+        seconds = found
+    return seconds
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int,
+    device: torch.device | str = "cpu",
+    clock: str = "wall",
+) -> Iterator[dict[str, list[float]]]:
+    """After each round the seconds of each call in each round so far; entry i of every list is from the same round. `clock`: as
+    in `timer`. `live.tick` is told of every call before it is made.
 
     A round runs every call once, beginning one further each time, so that a slow spell of the machine and what a call
     leaves in the caches fall on all alike. `warmup` rounds are not counted; the garbage collector runs between rounds.
@@ -114,6 +135,7 @@ def interleaved(
     names = list(calls)
     measure = timer(clock, device)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    last: dict[str, float] = {}
     collecting = gc.isenabled()
     gc.disable()
     gc.freeze()  # what is alive already need not be searched in every round
@@ -121,15 +143,22 @@ def interleaved(
         for number in range(warmup + rounds):
             gc.collect()
             first = number % len(names)
-            for name in names[first:] + names[:first]:
+            said = f"warm-up {number + 1} of {warmup}" if number < warmup else f"round {number - warmup + 1} of {rounds}"
+            for place, name in enumerate(names[first:] + names[:first]):
+                whole = sum(last.values()) if len(last) == len(names) else None
+                left = None if whole is None else whole * (warmup + rounds - number - place / len(names))
+                tick(name, said, left, last.get(name, LONG) >= LONG)
+                began = time.perf_counter()
                 taken = measure(calls[name])
+                last[name] = time.perf_counter() - began
                 if number >= warmup:
                     seconds[name].append(taken)
+            if number >= warmup:
+                yield seconds
     finally:
         gc.unfreeze()
         if collecting:
             gc.enable()
-    return seconds
 
 
 def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:

@@ -1,6 +1,6 @@
 """`python bench/first_run.py OUT [STAGE ...]`: the first minutes on a GPU. Z-Image at full size, random weights.
 
-One process, stages in the order of what they decide (bench/cases/first_stages.py says what, stage by stage). Every line of
+One process, stages in the order of what they decide (bench/suites/first_stages.py says what, stage by stage). Every line of
 OUT/first.jsonl is flushed and printed at once, so whatever ends the process, what it found is there. A stage that raises leaves
 a line with its error and frees its memory, and the next one begins; a stage that no longer fits `--minutes` is left out, with a
 line; when the GPU's context has died, a line says so and the process ends, since every later call would raise. Profiler traces
@@ -16,7 +16,6 @@ installed, and how to bring it to a machine without a network: bench/full_size.p
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
 import os
@@ -49,8 +48,8 @@ class Run:
     """What the stages share: where they write, what they run on, and the seconds of the steps so far, by name."""
 
     def __init__(self, out: Path, options: Options) -> None:
-        from bench.cases.ops import Size
         from bench.models import Model
+        from bench.suites.ops import Size
 
         self.began, self.out, self.options, self.device = time.monotonic(), out, options, options.device
         self.model = Model(options.model, options.device)
@@ -102,11 +101,9 @@ class Run:
         return torch.randn(*shape, device=self.device, dtype=dtype or self.dtype) * scale
 
     def free(self) -> None:
-        import torch
+        from bench.harness import free
 
-        gc.collect()
-        if self.cuda:
-            torch.cuda.empty_cache()
+        free(self.device)
 
     def dead(self) -> str:
         """Why nothing runs on the device any more; empty: it does. An illegal access makes all later calls raise, a lack of
@@ -137,8 +134,8 @@ def one_line(error: BaseException) -> str:
 
 
 STAGES = {"env": 10, "gemm": 45, "attend": 30, "ops": 45, "lora": 60, "lora_cublas": 45, "r1": 50, "lora_512": 40, "full": 60,
-          "full_recompute": 40, "r4": 90}  # fmt: skip
-"""Functions of bench/cases/first_stages.py in the order of what they decide, and the seconds that must be left for each to
+          "full_recompute": 40, "r4": 90}
+"""Functions of bench/suites/first_stages.py in the order of what they decide, and the seconds that must be left for each to
 begin: at full size on a GPU, the kernels' compilation included."""
 FASTER = 30
 """How many times shorter the stages of QUICK=1 are."""
@@ -183,7 +180,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog=SCRIPT, description="The first minutes on a GPU. QUICK=1 in the environment: every "
-                                    "stage with a small model, on a CPU too.")  # fmt: skip
+                                    "stage with a small model, on a CPU too.")
     found.add_argument("out", type=Path, metavar="OUT", help="folder for first.jsonl and the traces")
     found.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}; none: all, in this order")
     found.add_argument("--minutes", type=float, default=10.0, help="all of it ends within")
@@ -218,7 +215,7 @@ def stages_of(run: Run, names: Sequence[str], limit: float) -> int:
 
 def guarded(run: Run, name: str) -> None:
     """What the stage raises is a line, and nothing that it held is kept: the error, which holds its frames, ends here."""
-    from bench.cases import first_stages
+    from bench.suites import first_stages
 
     began = time.monotonic()
     try:

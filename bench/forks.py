@@ -12,20 +12,24 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.live import passed_on
 from bench.results import ROOT
-from bench.show import PASSED_ON, step
 
 GRACE = 5.0
 """Seconds that the other ranks have once one has failed."""
 
 
-def apart(call: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> str:
-    """Runs `call`, as "module:function", in a new process with one thread and `environment` added, what it says in `log` and
-    what it tells by `show.tell_parent` passed on. How it failed, in one line; nothing if it did not."""
+class ChildFailed(RuntimeError):
+    """How a process of `apart` ended, one line."""
+
+
+def apart(call: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[Any]:
+    """Runs `call`, as "module:function", in a new process with one thread and `environment` added; what it says is in `log`.
+    Gives what it finds (`live.tell_parent().found`), one after the other. ChildFailed: it did not come to its end."""
     module, _, function = call.partition(":")
     program = f"import sys; from {module} import {function}; {function}(*sys.argv[1:])"
     whole = {name: value for name, value in os.environ.items() if name not in rank_environment(0, 1, 0)}  # of another group
@@ -33,11 +37,16 @@ def apart(call: str, arguments: Sequence[str], log: Path, environment: Mapping[s
     command = [sys.executable, "-c", program, *arguments]
     with log.open("w") as said:
         process = subprocess.Popen(command, cwd=ROOT, env=whole, stdout=subprocess.PIPE, stderr=said, text=True)
-        with process:
+        try:
             for line in process.stdout or ():
-                if line.startswith(PASSED_ON):
-                    step(line.removeprefix(PASSED_ON).strip())
-    return f"its process ended with {process.returncode}: {last_error(log)}" if process.returncode else ""
+                if (found := passed_on(line)) is not None:
+                    yield found
+            process.wait()
+        finally:
+            process.terminate()  # it ends its forks, see `wait`; nothing where it has ended
+            process.wait()
+    if process.returncode:
+        raise ChildFailed(f"its process ended with {process.returncode}: {last_error(log)}")
 
 
 def last_error(log: Path) -> str:
@@ -50,7 +59,7 @@ def last_error(log: Path) -> str:
 def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
     """What torch.distributed wants to know of a rank on this machine."""
     return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port)}  # fmt: skip
+            "MASTER_PORT": str(port)}
 
 
 def free_port() -> int:
@@ -90,18 +99,25 @@ def fork(call: Callable[[], Any], environment: Mapping[str, str], log: Path | No
 
 
 def wait(pids: Sequence[int], seconds: float) -> list[int]:
-    """Exit codes (-N: ended by signal N); once one has failed, or the time is up, the others end soon."""
+    """Exit codes (-N: ended by signal N); once one has failed, or the time is up, the others end soon.
+    None outlives the call."""
     codes: dict[int, int] = {}
     ends = time.monotonic() + seconds
-    while len(codes) < len(pids):
+    try:
+        while len(codes) < len(pids):
+            for pid in pids:
+                if pid not in codes:
+                    found, status = os.waitpid(pid, os.WNOHANG)
+                    if found:
+                        codes[pid] = os.waitstatus_to_exitcode(status)
+                        if codes[pid]:
+                            ends = min(ends, time.monotonic() + GRACE)
+                    elif time.monotonic() > ends:
+                        os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+    finally:
         for pid in pids:
             if pid not in codes:
-                found, status = os.waitpid(pid, os.WNOHANG)
-                if found:
-                    codes[pid] = os.waitstatus_to_exitcode(status)
-                    if codes[pid]:
-                        ends = min(ends, time.monotonic() + GRACE)
-                elif time.monotonic() > ends:
-                    os.kill(pid, signal.SIGKILL)
-        time.sleep(0.01)
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
     return [codes[pid] for pid in pids]

@@ -41,8 +41,11 @@ import subprocess
 import sys
 import tarfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
     if missing:
         print(f"not installed here, what needs them falls back: {', '.join(missing)}", flush=True)
     from bench.machine import environment
-    from bench.results import FILE, read_results, write_results
+    from bench.results import FILE, merged, read_results, write_results
     from dopsd_fast.errors import UserError
 
     try:
@@ -122,7 +125,7 @@ def main(argv: Sequence[str]) -> int:
 
     def write(found: Iterable[Row]) -> list[Row]:
         """Everything so far and what a part has found so far, to the disk."""
-        both = merged(rows, found)
+        both = merged([*rows, *found])
         write_results(out, facts | {"seconds": time.monotonic() - began}, both)
         return both
 
@@ -144,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--out", type=Path, required=True, help="folder for results.json, results.csv, report.html, log.txt")
     found.add_argument("--minutes", type=float, default=10.0, help="all of it ends within")
     found.add_argument("--model", choices=["zimage-turbo", "zimage-small"],
-                       help="default: zimage-turbo on a GPU, zimage-small on a CPU")  # fmt: skip
+                       help="default: zimage-turbo on a GPU, zimage-small on a CPU")
     found.add_argument("--device", default="auto", help="auto, cuda, cuda:1, cpu")
     found.add_argument("--parts", nargs="+", default=[part.name for part in PARTS], choices=[part.name for part in PARTS])
     found.add_argument("--rounds", type=int, default=0, help="measurements of each variant (default: the suites' own)")
@@ -184,7 +187,7 @@ def measure(
     command = [sys.executable, str(SCRIPT), "--part", part.name, "--until", str(time.monotonic() + limit),
                "--out", str(arguments.out), "--device", arguments.device, "--rounds", str(arguments.rounds),
                "--threads", str(arguments.threads), *(["--quick"] if arguments.quick else []),
-               *(["--model", arguments.model] if arguments.model else [])]  # fmt: skip
+               *(["--model", arguments.model] if arguments.model else [])]
     begun = time.monotonic()
     with (arguments.out / "log.txt").open("a", encoding="utf-8") as log:
         log.write(f"\n==== {part.name}, at most {limit:.0f} s\n")
@@ -204,8 +207,12 @@ def measure(
                     pass
             if process.returncode:
                 why = f"its process ended with {process.returncode}, see log.txt"
-        finally:
-            end(process)
+        finally:  # with what it started, compilers among them; at the first signal it writes its last rows
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    os.killpg(process.pid, number)
+                    process.wait(timeout=2.0)
+            process.wait()
     rows = saved(file)
     file.unlink(missing_ok=True)
     seconds = time.monotonic() - begun
@@ -216,40 +223,28 @@ def measure(
     return rows
 
 
-def end(process: subprocess.Popen[Any]) -> None:
-    """Ends a part and what it started, compilers among them."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
-
-
 def run_part(arguments: argparse.Namespace) -> int:
     """Inside a part's process: its rows go to `<name>.part` as they are found."""
     import torch
+    from rich.console import Console
 
+    from bench.live import live
     from bench.results import failed
+    from dopsd_fast.run.console import quiet_libraries
 
     part = next(part for part in PARTS if part.name == arguments.part)
     options = options_of(arguments)
     torch.set_num_threads(options.threads)
-    file = arguments.out / f"{part.name}.part"
-    rows: list[Row] = []
-    try:
-        from dopsd_fast.run.console import quiet_libraries
-
-        quiet_libraries()
-        for row in rows_of(part, options, arguments.until):
-            rows.append(row)
-            print(f"{row.case} {row.variant} {row.metric}: {row.value} {row.unit} {row.note}", flush=True)
-            save(file, rows)
-    except Exception as error:
-        import traceback
-
-        traceback.print_exc()
-        rows.append(failed(part.suite, part.name, "ours", "suite", "", error))
-    save(file, rows)
+    with live([part.name], partial(save, arguments.out / f"{part.name}.part"), Console(file=sys.stdout)) as run:
+        run.begin(part.name)
+        try:
+            quiet_libraries()
+            for row in rows_of(part, options, arguments.until):
+                run.add(row)
+                print(f"{row.case} {row.variant} {row.metric}: {row.value} {row.unit} {row.note}", flush=True)
+        except Exception as error:
+            traceback.print_exc()
+            run.add(failed(part.suite, part.name, "ours", "suite", "", error))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # libraries' threads can abort an ordinary exit, and all is written
@@ -257,17 +252,15 @@ def run_part(arguments: argparse.Namespace) -> int:
 
 def rows_of(part: Part, options: Options, until: float) -> Iterable[Row]:
     """Rows one by one as the part finds them: stopped, it leaves those."""
-    from dataclasses import replace
-
     if part.suite == "step":
-        from bench.cases.step import Cell
-        from bench.cases.step import measure as step
+        from bench.suites.step import Cell
+        from bench.suites.step import measure as step
 
         building = 0.25 * max(0.0, until - time.monotonic())  # a variant that begins later would not be finished
         rounds = min(options.rounds or part.rounds, part.rounds) if part.rounds else options.rounds
         options = replace(options, kinds=(part.kind,), rounds=0 if options.quick else rounds)
         return step(options, [Cell()], part.peers, until - building, part.exact)
-    module: Any = importlib.import_module(f"bench.cases.{'ops' if part.suite == 'kernels' else part.suite}")
+    module: Any = importlib.import_module(f"bench.suites.{'ops' if part.suite == 'kernels' else part.suite}")
     return module.measure(options)
 
 
@@ -286,19 +279,10 @@ def saved(file: Path) -> list[Row]:
 # ---- the whole -------------------------------------------------------------------------------------------------------
 
 
-def merged(rows: Iterable[Row], more: Iterable[Row]) -> list[Row]:
-    """One row of each key: the first of those with most measurements, a failed one only if there is no other."""
-    found: dict[Any, Row] = {}
-    for row in (*rows, *more):
-        if row.key not in found or found[row.key].status == "failed" or found[row.key].n < row.n:
-            found[row.key] = row
-    return list(found.values())
-
-
 def report(out: Path) -> None:
     """report.html, and the plots that it shows in one archive; then no file is larger than LARGEST."""
     try:
-        from bench.report import PLOTS, write_report
+        from bench.report.page import PLOTS, write_report
 
         write_report(out)
         with tarfile.open(out / f"{PLOTS}.tar.gz", "w:gz") as archive:

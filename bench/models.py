@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +26,7 @@ from dopsd_fast.families.registry import open_family
 from dopsd_fast.settings.schema import Settings
 
 SMALL = {"dim": 192, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 3, "n_kv_heads": 3, "cap_feat_dim": 64,
-         "axes_dims": [16, 24, 24], "axes_lens": [512, 128, 128]}  # fmt: skip
+         "axes_dims": [16, 24, 24], "axes_lens": [512, 128, 128]}
 """What differs from the published architecture in zimage-small."""
 RANDOM = {"zimage-turbo": {}, "zimage-small": SMALL}
 WIDE = 1024
@@ -110,15 +112,8 @@ class Model:
         return self.family.load_transformer(dtype or self.dtype).to(self.device)
 
     def _draw(self, dtype: torch.dtype) -> Any:
-        """Random weights: matrices with variance 1 / fan-in, gains around 1, other vectors small; none is zero."""
         model = torch.nn.Module.to(self.family.meta_transformer(), dtype).to_empty(device=self.device)
-        draw = torch.Generator(self.device).manual_seed(0)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if p.ndim > 1 and "pad_token" not in name:
-                    p.normal_(0.0, p[0].numel() ** -0.5, generator=draw)
-                else:
-                    p.normal_(1.0 if name.endswith("weight") else 0.0, 0.1, generator=draw)
+        draw_weights(model, torch.Generator(self.device).manual_seed(0))
         return model.requires_grad_(True)
 
     def noise(self, batch: int, pixels: int) -> Tensor:
@@ -134,3 +129,25 @@ class Model:
     def grid(self, states: int, pixels: int) -> list[float]:
         """t_0 = 0 ... t_K = 1."""
         return self.family.train_grid(states, 0.0, self.family.latent_shape(pixels, pixels))
+
+
+@torch.no_grad()
+def draw_weights(model: torch.nn.Module, draw: torch.Generator) -> None:
+    """Random weights: matrices with variance 1 / fan-in, gains around 1, other vectors small; none is zero."""
+    for name, p in model.named_parameters():
+        if p.ndim > 1 and "pad_token" not in name:
+            p.normal_(0.0, p[0].numel() ** -0.5, generator=draw)
+        else:
+            p.normal_(1.0 if name.endswith("weight") else 0.0, 0.1, generator=draw)
+
+
+@contextmanager
+def building(device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
+    """New tensors are on `device`, new floating ones `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)

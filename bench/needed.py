@@ -47,8 +47,6 @@ PACKAGES = (
     Package("deepspeed", "deepspeed", brought=True, needed=False),
     Package("flash-attn", "flash_attn", needed=False),
 )
-FROM_SOURCE = ("deepspeed",)
-"""What has no wheel on PyPI: `pip wheel` makes one."""
 
 
 def absent(needed: bool) -> list[str]:
@@ -70,4 +68,4 @@ def refusal(script: str) -> str:
         return ""
     names = " ".join(package.name for package in PACKAGES if package.module in lost)
     return (f"{script}: {', '.join(lost)} not installed: `python -m pip install -c constraints.txt {names}`, or on a machine "
-            "without a network wheels, as bench/full_size.py says at its top")  # fmt: skip
+            "without a network wheels, as bench/full_size.py says at its top")

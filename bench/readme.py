@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.report.tables import digits, read
 from bench.reproduce import paper
 from bench.reproduce.arms import ABLATIONS, MAIN, OURS, START
 from bench.results import ROOT, Row, read_results
-from bench.show import digits, read
 from dopsd_fast.errors import UserError
 
 README, PAGE, RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "bench" / "results"

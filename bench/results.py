@@ -99,6 +99,15 @@ class Options:
         return self.rounds or (quick if self.quick else tour if self.tour else usual)
 
 
+def merged(rows: Iterable[Row]) -> list[Row]:
+    """One row of each key: the first of those with most measurements, a failed one only if there is no other."""
+    found: dict[tuple[str, str, str, str], Row] = {}
+    for row in rows:
+        if row.key not in found or found[row.key].status == "failed" or found[row.key].n < row.n:
+            found[row.key] = row
+    return list(found.values())
+
+
 def write_results(folder: Path, facts: Mapping[str, Any], rows: Iterable[Row]) -> Path:
     """`{"environment": {...}, "rows": [...]}` in `folder`/results.json and the rows in results.csv, each whole or not at
     all. ValueError for a number that is none, or two rows of one key."""

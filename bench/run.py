@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,7 @@ SUITES = {
     "reproduce": "the paper's result: what each method learns, keeps and loses, with its claims tested",
     "cubins": "registers and shared memory of every kernel, compiled for GPUs that are not here",
 }
-"""Suite -> what it shows. Each is `run(options) -> list[Row]` in bench/cases."""
+"""Suite -> what it shows. Each is `measure(options)` in bench/suites, an iterator over its rows."""
 TOUR = tuple(suite for suite in SUITES if suite not in ("correctness", "cubins", "reproduce"))
 COUNTED = {"cost", "cubins"}
 """Suites that read no model."""
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
 
     try:
         if argv[:1] == ["compare"]:
-            from bench.compare import main as compare
+            from bench.report.compare import main as compare
 
             return compare(argv[1:])
         return bench(argv)
@@ -91,7 +91,7 @@ def bench(argv: list[str]) -> int:
         peers=tuple(arguments.peers), kinds=tuple(arguments.kinds), tour=not arguments.suites, ranks=tuple(arguments.ranks),
         ablations=arguments.ablations, data=arguments.data, evaluation=arguments.eval, recipe=arguments.recipe,
         more=tuple(arguments.set), steps=arguments.steps, seeds=arguments.seeds,
-    )  # fmt: skip
+    )
     suites = list(dict.fromkeys(arguments.suites)) or list(TOUR)
     if set(suites) - COUNTED - {"reproduce"}:
         Model(model, device)
@@ -111,53 +111,59 @@ def bench(argv: list[str]) -> int:
 
 
 def measure(suites: Sequence[str], options: Options, out: Path, command: str = "", profile: bool = False) -> list[Row]:
-    """Runs the suites in order, shows the rows of each and writes `out` after each. What a suite cannot do is a row of status
-    "failed"; a suite that fails as a whole is one row, too. UserError, of the first suite, ends it all: bad options.
+    """Runs the suites in order and shows the rows of each; `out` has every row soon after it was measured. What a suite
+    cannot do is a row of status "failed"; a suite that fails as a whole is one row, too. UserError, of the first
+    suite, ends it all: bad options.
 
     command: what repeats the run, for the report."""
     import torch
 
+    from bench.live import live
     from bench.machine import environment
-    from bench.report import write_report
+    from bench.report.page import write_report
+    from bench.report.tables import console_of, show
     from bench.results import Row, failed, write_results
-    from bench.show import progress, show
     from dopsd_fast.errors import UserError
 
     torch.set_num_threads(options.threads)
     facts, started = environment(options) | ({"command": command} if command else {}), time.perf_counter()
-    rows: list[Row] = []
     names = [*suites, *(["profile"] if profile else [])]
-    with progress(names) as bar:
+
+    def write(rows: Sequence[Row]) -> None:
+        write_results(out, facts | {"seconds": time.perf_counter() - started}, rows)
+
+    with live(names, write, console_of()) as run:
         for number, suite in enumerate(names):
-            bar.begin(suite)
+            run.begin(suite)
             begun = time.perf_counter()
             try:
-                found = run(suite, options, out)
-            except UserError:
+                for row in rows_of(suite, options, out):
+                    run.add(row)
+            except UserError as error:
                 if number == 0:
                     raise
-                found = [failed(suite, suite, "ours", WHOLE, "", sys.exc_info()[1] or "")]
+                run.add(failed(suite, suite, "ours", WHOLE, "", error))
             except Exception as error:
-                found = [failed(suite, suite, "ours", WHOLE, "", error)]
-            found.append(Row(suite, suite, "ours", "suite_seconds", time.perf_counter() - begun, "s"))
-            show(suite, found)
-            rows += found
-            bar.end(suite)
-            write_results(out, facts | {"seconds": time.perf_counter() - started}, rows)
+                run.add(failed(suite, suite, "ours", WHOLE, "", error))
+            run.add(Row(suite, suite, "ours", "suite_seconds", time.perf_counter() - begun, "s"))
+            run.flush()
+            show(suite, [row for row in run.rows if row.suite == suite])
     print(f"written: {out / 'results.json'}, results.csv, {write_report(out).name}")
-    return rows
+    return run.rows
 
 
-def run(suite: str, options: Options, out: Path) -> list[Row]:
+def rows_of(suite: str, options: Options, out: Path) -> Iterable[Row]:
+    """As they are found."""
     if suite == "profile":
         from bench.breakdown import profile_step
 
         return profile_step(options, out)
     if suite == "reproduce":
-        from bench.cases.reproduce import run as reproduce
+        from bench.suites.reproduce import run as reproduce
 
         return reproduce(options, out)
-    return importlib.import_module(f"bench.cases.{MODULES.get(suite, suite)}").run(options)
+    found: Iterable[Row] = importlib.import_module(f"bench.suites.{MODULES.get(suite, suite)}").measure(options)
+    return found
 
 
 def parser() -> argparse.ArgumentParser:
@@ -165,24 +171,24 @@ def parser() -> argparse.ArgumentParser:
         prog="bench/run.py", description="Measures this program against its peers; without a SUITE a tour of five minutes. "
         "`bench/run.py compare A B` compares two result folders of one machine.",
         epilog="suites: " + "; ".join(f"{name}: {what}" for name, what in SUITES.items()),
-    )  # fmt: skip
+    )
     found.add_argument("suites", nargs="*", metavar="SUITE", type=suite, help=f"{', '.join(SUITES)}; none: a tour")
     found.add_argument("--model", help="nano (the embedded pipeline; default on a CPU), zimage-turbo (random weights; default "
-                       "on a GPU), zimage-small, or a pipeline folder in diffusers' layout")  # fmt: skip
+                       "on a GPU), zimage-small, or a pipeline folder in diffusers' layout")
     found.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     found.add_argument("--quick", action="store_true", help="fewest repetitions, to see that it works: no measurement")
     found.add_argument("--out", type=Path, help="folder for results.json, results.csv, plots and report.html (default: a new "
-                       "one in runs/bench)")  # fmt: skip
+                       "one in runs/bench)")
     found.add_argument("--profile", action="store_true", help="also a torch profiler trace of the step, and where its time is")
     found.add_argument("--threads", type=count, default=0, help="CPU threads (default: 2)")
     found.add_argument("--rounds", type=count, default=0, help="measurements of each variant (default: the suite's own)")
     found.add_argument("--clock", default="wall", choices=["wall", "cpu"],
-                       help="cpu: CPU time of this process, for --threads 1 on a busy machine")  # fmt: skip
+                       help="cpu: CPU time of this process, for --threads 1 on a busy machine")
     found.add_argument("--peers", nargs="*", default=["R1", "R2", "R3", "R4"], choices=["R1", "R2", "R3", "R4"],
-                       help="step, rollout: whom to compare with")  # fmt: skip
+                       help="step, rollout: whom to compare with")
     found.add_argument("--kinds", nargs="+", default=["lora", "full"], choices=["lora", "full"], help="what trains")
     found.add_argument("--ranks", nargs="+", type=count, default=[], metavar="N",
-                       help="zero: numbers of ranks (default: 2, on GPUs one each)")  # fmt: skip
+                       help="zero: numbers of ranks (default: 2, on GPUs one each)")
     found.add_argument("--ablations", action="store_true", help="reproduce: the paper's ablations and customisation, too")
     found.add_argument("--data", default="", metavar="PATH", help="reproduce: the records to train on, as data.path takes them")
     found.add_argument("--eval", default="", metavar="PATH", help="reproduce: held-out records and the models that measure")

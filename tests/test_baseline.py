@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from bench import baseline
-from bench.cases import cost, zero
 from bench.results import Row, failed
+from bench.suites import cost, zero
 from dopsd_fast.errors import UserError
 from tests import driving
 

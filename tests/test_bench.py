@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from bench import clock, machine, results, run
-from bench.cases import ops, zero
 from bench.results import Options, Row
+from bench.suites import ops, zero
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,7 +114,7 @@ def test_every_column_is_explained():
     [Row("step", "lora", "ours", "speedup", None, "x")],
     [Row("step", "lora", "ours", "speedup", 1.0, "x", status="failed")],
     [Row("step", "lora", "ours", "speedup", 1.0, "x"), Row("step", "lora", "ours", "speedup", 2.0, "x")],
-])  # fmt: skip
+])
 def test_what_is_no_number_is_not_written(rows, tmp_path):
     with pytest.raises(ValueError):
         results.write_results(tmp_path, {}, rows)
@@ -126,7 +126,7 @@ def test_what_is_no_number_is_not_written(rows, tmp_path):
     ('{"rows": [', "is no benchmark result"),
     ("[]", "is no benchmark result"),
     (None, "cannot be read: No such file"),
-])  # fmt: skip
+])
 def test_what_is_no_result_is_refused(content, said, tmp_path):
     if content is not None:
         (tmp_path / "results.json").write_text(content)
@@ -151,7 +151,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess:
 def test_the_runner_end_to_end(tmp_path):
     """From another folder, on a pipeline that is not the standard one: its cases carry a suffix."""
     done = bench("rollout", "optimizer", "--quick", "--threads", "1", "--peers", "R1", "R2", "--model",
-                 str(tiny.shared("zimage")), "--out", str(tmp_path))  # fmt: skip
+                 str(tiny.shared("zimage")), "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     facts, rows = results.read_results(tmp_path)
     assert facts["command"].startswith("python bench/run.py rollout optimizer --quick") and facts["tour"] is False
@@ -186,7 +186,7 @@ def test_the_runner_end_to_end(tmp_path):
     (["zero", "--ranks", "two"], "'two' is no number from 1 on"),
     (["step", "--kinds", "full", "lara"], "invalid choice: 'lara'"),
     (["step", "--clock", "cpu", "--threads", "2"], "--clock cpu adds up the time of all threads"),
-])  # fmt: skip
+])
 def test_bad_arguments_are_one_clear_line(arguments, said, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     try:
@@ -207,7 +207,7 @@ def test_a_suite_that_fails_is_a_row_and_the_others_go_on(monkeypatch, tmp_path,
             raise RuntimeError("no such\nluck")
         return [Row(suite, "case", "ours", "seconds", 1.0, "s")]
 
-    monkeypatch.setattr(run, "run", broken)
+    monkeypatch.setattr(run, "rows_of", broken)
     options = Options("nano", torch.device("cpu"), threads=torch.get_num_threads())
     found = {row.key: row for row in run.measure(["cost", "step"], options, tmp_path)}
     assert found["step", "case", "ours", "seconds"].value == 1.0
@@ -241,7 +241,7 @@ def made_up_ranks(monkeypatch):
                 continue
             counts = {"gathers_per_step": 16.0 if one.plain else 1.0, "collectives_per_step": 5}
             yield [{"first_loss": losses.get(one.case, 2.0), "precision": "fp32", "seconds_per_step": [0.5] * job.timed,
-                    "peak_bytes": [7.0], "steps": [counts] * job.counted}]  # fmt: skip
+                    "peak_bytes": [7.0], "steps": [counts] * job.counted}]
 
     monkeypatch.setattr(zero, "launch", launch)
     return asked, losses, broken
@@ -249,7 +249,7 @@ def made_up_ranks(monkeypatch):
 
 def rows_of_zero(**changes):
     options = replace(Options(str(tiny.shared("zimage")), torch.device("cpu"), rounds=2, ranks=(2, 4)), **changes)
-    return {(row.case, row.variant, row.metric): row for row in zero.run(options)}
+    return {(row.case, row.variant, row.metric): row for row in results.merged(zero.measure(options))}
 
 
 def test_the_rows_of_zero(made_up_ranks):

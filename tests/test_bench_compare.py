@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from bench import run
-from bench.compare import checked, compare, matched, same_machine
+from bench.report.compare import checked, compare, matched, same_machine
 from bench.results import Row, failed, write_results
 from dopsd_fast.errors import UserError
 
 FACTS = {
     "platform": "Linux x86_64", "cpu": "A CPU", "cpu_capability": "AVX2", "cores": 2, "threads": 2, "clock": "wall",
     "model": "nano", "device": "cpu", "quick": False, "load": [0.5, 0.5, 0.5], "commit": "a" * 40, "torch": "2.13.0",
-}  # fmt: skip
+}
 TIME = Row("step", "lora", "ours", "seconds_per_step", 1.0, "s", 0.98, 1.02, 20)
 SPEED = Row("rollout", "lora", "ours", "states_per_second", 100.0, "1/s", 98.0, 102.0, 20)
 RATIO = Row("step", "lora/R1", "ours", "speedup", 2.0, "x", 1.95, 2.05, 20)
@@ -55,7 +55,7 @@ def verdict(a: Row, b: Row, threshold: float = 5.0) -> str:
     (replace(RATIO, metric="speedup_forward"), 0.8, "slower"),
     (replace(SHARE, suite="profile", metric="share_gemm"), 0.5, "same"),
     (replace(ERROR, metric="gradient_one_minus_cosine"), 3, "worse"),
-])  # fmt: skip
+])
 def test_what_counts_as_a_change(row, factor, said):
     assert verdict(row, times(row, factor)) == said
 
@@ -111,7 +111,7 @@ def test_the_table_and_the_exit_code(tmp_path, capsys):
     assert "-50.0 %" in out and "+100.0 %" in out and "980 ms..1.02 s" not in out
     last = out.splitlines()[-1]
     assert last == ("ours, beyond 5 % and the spread: 1 slower, 1 faster, 7 same, 1 only in A, 1 only in B; of peers and "
-                    "ceilings 1 changed")  # fmt: skip
+                    "ceilings 1 changed")
     assert "launches" not in out and "lora@K8" not in out
     compare(a, b, 5.0, everything=True)
     everything = capsys.readouterr().out
@@ -124,7 +124,7 @@ def test_the_table_and_the_exit_code(tmp_path, capsys):
     ([failed(*TIME.key, "s", "no memory")], 1),
     ([TIME, replace(TIME, variant="R1", value=9.0, p20=9.0, p80=9.0)], 0),
     ([], 0),
-])  # fmt: skip
+])
 def test_exit_code(rows, code, tmp_path, capsys):
     a = folder(tmp_path / "a", [TIME, replace(TIME, variant="R1")])
     assert compare(a, folder(tmp_path / "b", rows), 5.0) == code
@@ -134,7 +134,7 @@ def test_exit_code(rows, code, tmp_path, capsys):
 @pytest.mark.parametrize(("fact", "value"), [
     ("cpu", "Another CPU"), ("cores", 4), ("threads", 1), ("clock", "cpu"), ("model", "zimage-small"), ("device", "cuda"),
     ("gpu", "NVIDIA H100"), ("compute_capability", [9, 0]), ("cpu_capability", "AVX512"), ("platform", "Linux aarch64"),
-])  # fmt: skip
+])
 def test_another_machine_is_refused(fact, value, tmp_path):
     with pytest.raises(UserError, match=f"not of one machine and set-up: {fact} ") as caught:
         same_machine(tmp_path / "a", FACTS, tmp_path / "b", FACTS | {fact: value})
@@ -171,7 +171,7 @@ def content(**changes: object) -> str:
     (content(value=None), "a number is missing"),
     (content(status="good"), "status 'good' is none of ok, fallback, failed"),
     (content(suite=3), "a name is no text"),
-])  # fmt: skip
+])
 def test_what_is_no_result_is_one_line(text, said, tmp_path, capsys):
     good = folder(tmp_path / "good", ROWS)
     bad = tmp_path / "bad"

@@ -7,11 +7,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.cases import conditioning
 from bench.models import Model
-from bench.peers import random_encoders
-from bench.peers.random_encoders import RandomEncoders, parameters
+from bench.references import random_encoders
+from bench.references.random_encoders import RandomEncoders, parameters
 from bench.results import Options
+from bench.suites import conditioning
 from dopsd_fast.conditioning.cache import ContextCache
 from tests import tiny
 
@@ -111,7 +111,7 @@ def test_the_yardstick_is_float64_all_through():
         encoders.teacher(["a"], [None])
     assert plain.found  # transformers' own casts
     for encode, part in ((lambda: encoders.student(["a"]), encoders.text_encoder),
-                         (lambda: encoders.teacher(["a"], [None]), encoders.vlm)):  # fmt: skip
+                         (lambda: encoders.teacher(["a"], [None]), encoders.vlm)):
         with conditioning.wide_encoders(part), Narrow() as wide:
             found = encode()
         assert wide.found == [] and found[0].text.dtype == torch.float64
@@ -134,7 +134,7 @@ def test_differences_and_errors():
 
 
 def measured(name: str) -> dict:
-    rows = conditioning.run(Options(name, CPU, quick=True, threads=1))
+    rows = list(conditioning.measure(Options(name, CPU, quick=True, threads=1)))
     found = {row.key[1:]: row for row in rows}
     assert len(found) == len(rows) and {row.suite for row in rows} == {"conditioning"}
     return found

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.cases import forward, rollout
-from bench.cases.rollout import OurPair, PeerPair
-from bench.cases.workload import Workload
 from bench.models import Model
-from bench.results import Options, Row
+from bench.references.reference_eager import STRONGER
+from bench.results import Options, Row, merged
+from bench.suites import forward, rollout
+from bench.suites.rollout import OurPair, PeerPair
+from bench.suites.workload import Workload
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -22,7 +23,7 @@ def tiny_options(**more) -> Options:
 
 
 def found(suite: str, rows) -> dict[tuple[str, str, str], Row]:
-    rows = list(rows)
+    rows = merged(rows)
     by_key = {(row.case, row.variant, row.metric): row for row in rows}
     assert len(by_key) == len(rows) and {row.suite for row in rows} == {suite}
     return by_key
@@ -47,7 +48,7 @@ def test_student_and_teacher_differ_alike_in_all_variants(kind):
 
 
 def test_rows_of_rollout():
-    rows = found("rollout", rollout.run(tiny_options(peers=("R1", "R2"), rounds=1)))
+    rows = found("rollout", rollout.measure(tiny_options(peers=("R1", "R2"), rounds=1)))
     for kind in ("lora", "full"):
         case = f"{kind}@zimage"
         for variant in ("ours", "R1", "R2"):
@@ -80,17 +81,17 @@ def test_a_peer_that_cannot_roll_out_leaves_rows_and_the_others_go_on(monkeypatc
 
     peer = rollout.peer
     monkeypatch.setattr(rollout, "peer", broken)
-    rows = found("rollout", rollout.run(tiny_options(peers=("R1", "R2"), kinds=("full",))))
+    rows = found("rollout", rollout.measure(tiny_options(peers=("R1", "R2"), kinds=("full",))))
     assert rows["full@zimage", "ours", "seconds_per_rollout"].status == "ok"
     assert rows["full/R1@zimage", "ours", "speedup"].value > 0
     said = "OutOfMemoryError: no room for it"
     for key in (("full@zimage", "R2", "seconds_per_rollout"), ("full/R2@zimage", "ours", "speedup"),
-                ("full@zimage", "exact", "final_state_relative_error")):  # fmt: skip
+                ("full@zimage", "exact", "final_state_relative_error")):
         assert (rows[key].status, rows[key].value, rows[key].note) == ("failed", None, said), key
 
 
 def test_eight_states_too_but_not_in_the_tour():
-    rows = found("rollout", rollout.run(replace(tiny_options(peers=("R1", "R2"), kinds=("lora",), rounds=1), quick=False)))
+    rows = found("rollout", rollout.measure(replace(tiny_options(peers=("R1", "R2"), kinds=("lora",), rounds=1), quick=False)))
     for variant in ("ours", "R1"):
         states, seconds = (rows["lora@K8@zimage", variant, of].value for of in ("states_per_second", "seconds_per_rollout"))
         assert states == pytest.approx(8 * 8 / seconds)
@@ -98,7 +99,7 @@ def test_eight_states_too_but_not_in_the_tour():
     assert rows["lora/R1@K8@zimage", "ours", "speedup"].value > 0
     assert ("lora@K8@zimage", "R2", "seconds_per_rollout") not in rows
     options = replace(tiny_options(peers=("R3",), kinds=("lora",), rounds=1), quick=False, tour=True)
-    rows = found("rollout", rollout.run(options))
+    rows = found("rollout", rollout.measure(options))
     assert {case for case, _, _ in rows} == {"lora@zimage", "student@zimage", "student/diffusers@zimage"}
     assert {variant for case, variant, _ in rows if case == "lora@zimage"} == {"ours"}
     assert rows["lora@zimage", "ours", "seconds_per_rollout"].note == "R3 is measured by `bench/run.py rollout`"
@@ -107,12 +108,10 @@ def test_eight_states_too_but_not_in_the_tour():
 def test_as_on_a_gpu_each_peer_runs_beside_ours(monkeypatch):
     """No row twice; the errors in bf16 are against fp32, and some 2^-8 a rounding."""
     groups = []
-    group = rollout.Measurement.group
-    monkeypatch.setattr(rollout.Measurement, "group", lambda self, names: groups.append(list(names)) or group(self, names))
+    group = rollout.group
+    monkeypatch.setattr(rollout, "group", lambda names, *more: groups.append(list(names)) or group(names, *more))
     monkeypatch.setattr(Model, "dtype", torch.bfloat16)
-    measurement = rollout.Measurement("full", tiny_options(peers=("R1", "R2")))
-    measurement.one_by_one = True
-    rows = found("rollout", measurement.rows())
+    rows = found("rollout", rollout.of_kind("full", tiny_options(peers=("R1", "R2")), one_by_one=True))
     assert groups == [["R1"], ["R2"]] and {"full/R1@zimage", "full/R2@zimage"} <= {case for case, _, _ in rows}
     ours, theirs = (rows["full@zimage", variant, "final_state_relative_error"] for variant in ("ours", "R2"))
     assert 1e-3 < theirs.value < 0.2 and ours.value < 2 * theirs.value
@@ -125,18 +124,18 @@ def test_as_on_a_gpu_each_peer_runs_beside_ours(monkeypatch):
 @pytest.fixture
 def eager_backend(monkeypatch):
     """Inductor's code generation takes minutes."""
-    monkeypatch.setitem(rollout.STRONGER["R4"], "compile_blocks", "eager")
+    monkeypatch.setitem(STRONGER["R4"], "compile_blocks", "eager")
 
 
 def test_rows_of_forward(eager_backend):
-    rows = found("forward", forward.run(tiny_options(rounds=1)))
+    rows = found("forward", forward.measure(tiny_options(rounds=1)))
     for kind in ("lora", "full"):
         case = f"{kind}@zimage"
         value = {(of, metric): row.value for (at, of, metric), row in rows.items() if at == case}
         for variant in ("ours", "two_calls", "diffusers", "compiled"):
             # 8 pictures, each 8 x 8 image tokens in both branches, 20 and 80 text tokens
             assert value[variant, "tokens_per_second"] * value[variant, "seconds_forward"] == pytest.approx(
-                8 * (2 * 64 + 20 + 80))  # fmt: skip
+                8 * (2 * 64 + 20 + 80))
             assert 0 < value[variant, "velocity_relative_error"] < EXACT
             assert 0 < value[variant, "gradient_relative_error"] < EXACT
             for end in ("", "_backward"):
@@ -166,7 +165,7 @@ def test_what_cannot_run_forward_or_backward_leaves_rows_and_the_others_go_on(mo
 
     monkeypatch.setitem(forward.VARIANTS, "two_calls", Broken)
     monkeypatch.setitem(forward.VARIANTS, "compiled", unable)
-    rows = found("forward", forward.run(tiny_options(kinds=("lora",))))
+    rows = found("forward", forward.measure(tiny_options(kinds=("lora",))))
     assert rows["lora/two_calls@zimage", "ours", "speedup_forward"].value > 0
     assert rows["lora/diffusers@zimage", "ours", "speedup_backward"].value > 0
     back, room = "RuntimeError: no way back", "OutOfMemoryError: no room"
@@ -175,7 +174,7 @@ def test_what_cannot_run_forward_or_backward_leaves_rows_and_the_others_go_on(mo
                       ("lora/two_calls@zimage", "ours", "speedup_backward"): back,
                       ("lora@zimage", "compiled", "seconds_forward"): room,
                       ("lora@zimage", "compiled", "seconds_backward"): room,
-                      ("lora/compiled@zimage", "ours", "speedup_forward"): room}.items():  # fmt: skip
+                      ("lora/compiled@zimage", "ours", "speedup_forward"): room}.items():
         assert (rows[key].status, rows[key].value, rows[key].note) == ("failed", None, said), key
 
 
@@ -184,7 +183,7 @@ def test_another_batch_is_measured_too_but_not_in_the_tour(monkeypatch):
         monkeypatch.delitem(forward.VARIANTS, name)
     monkeypatch.setattr(forward, "OTHERS", ("diffusers",))
     options = replace(tiny_options(kinds=("full",), rounds=1), quick=False)
-    rows = found("forward", forward.run(options))
+    rows = found("forward", forward.measure(options))
     assert {case for case, _, _ in rows} == {f"full{of}{cell}@zimage" for of in ("", "/diffusers") for cell in ("", "@batch1")}
     for variant in ("ours", "diffusers"):
         speed, seconds = (rows["full@batch1@zimage", variant, of].value for of in ("tokens_per_second", "seconds_forward"))

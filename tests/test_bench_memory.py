@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import forks
-from bench.cases import cost, memory, room
-from bench.cases.workload import Workload
+from bench import forks, live
 from bench.results import Options, Row
+from bench.suites import cost, memory, room
+from bench.suites.workload import Workload
 from dopsd_fast.memory.ledger import CONTEXT, PROCESS, Machine
 from dopsd_fast.memory.planner import make_plan
 from tests import tiny
@@ -58,7 +58,7 @@ def examine(out: str) -> None:
 @pytest.fixture(scope="module")
 def examined(tmp_path_factory):
     folder = tmp_path_factory.mktemp("examined")
-    assert forks.apart(f"{__name__}:examine", [str(folder / "out")], folder / "log", {}) == ""
+    assert list(forks.apart(f"{__name__}:examine", [str(folder / "out")], folder / "log", {})) == []
     return json.loads((folder / "out").read_text())
 
 
@@ -81,17 +81,17 @@ def test_no_fork_of_a_process_that_has_a_process_group(monkeypatch):
         memory.in_turn(Known, "lora", Workload(tiny_options()))
 
 
-def lead(work: str, out: str) -> None:
+def lead(work: str) -> None:
     """As the suite's, but nothing is compiled."""
     memory.PEERS["R4"] = lambda kind, work: memory.Peer("R2", kind, work, False)
-    memory.lead(work, out)
+    memory.lead(work)
 
 
 def led_by(name: str, monkeypatch, options: Options) -> list[Row]:
     """The suite's rows, with a function of this module in place of its `lead`."""
     apart = forks.apart
     monkeypatch.setattr(forks, "apart", lambda _, *rest: apart(f"{__name__}:{name}", *rest))
-    return memory.measured_apart(options)
+    return list(memory.measured_apart(options))
 
 
 def test_rows_of_the_suite(monkeypatch):
@@ -117,7 +117,7 @@ def test_rows_of_the_suite(monkeypatch):
 def test_the_suite_measures_in_a_process_of_its_own(monkeypatch):
     """Whatever threads and process groups this one has; and it tells what it does."""
     said: list[str] = []
-    monkeypatch.setattr(forks, "step", said.append)
+    monkeypatch.setattr(live, "say", said.append)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -131,9 +131,9 @@ def test_the_suite_measures_in_a_process_of_its_own(monkeypatch):
 
 def test_a_process_that_fails_says_why(tmp_path):
     """With the last error that it wrote."""
-    assert forks.apart("bench.forks:free_port", [], tmp_path / "log", {}) == ""
-    lost = forks.apart("bench.cases.memory:lead", ["{}", "nowhere"], tmp_path / "log", {})
-    assert lost == "its process ended with 1: KeyError: 'peers'"
+    assert list(forks.apart("bench.forks:free_port", [], tmp_path / "log", {})) == []
+    with pytest.raises(forks.ChildFailed, match="its process ended with 1: KeyError: 'peers'"):
+        list(forks.apart("bench.suites.memory:lead", ["{}"], tmp_path / "log", {}))
 
 
 def unable(kind, work):
@@ -145,9 +145,9 @@ class Killed(Known):
         os.kill(os.getpid(), 9)
 
 
-def lead_with_failures(work: str, out: str) -> None:
+def lead_with_failures(work: str) -> None:
     memory.PEERS.update(R1=unable, R2_uncheckpointed=Killed, R4=Known)
-    memory.lead(work, out)
+    memory.lead(work)
 
 
 def test_a_variant_that_cannot_run_leaves_rows_and_the_others_go_on(monkeypatch):
@@ -172,11 +172,11 @@ def test_the_published_step_grows_evenly_with_its_layers(kind):
 def test_full_size_by_count():
     rows = found(memory.counted("lora", replace(tiny_options(), tour=True)))
     keep, recompute, theirs = (rows[f"lora@full_size{end}", name, "activation_bytes"].value
-                               for end, name in (("", "ours"), ("@recompute", "ours"), ("", "R1")))  # fmt: skip
+                               for end, name in (("", "ours"), ("@recompute", "ours"), ("", "R1")))
     assert recompute < theirs < keep and 10e9 < keep < 20e9
     assert rows["lora/R1@full_size@recompute", "ours", "activation_ratio"].value == recompute / theirs
     peaks = {(end, name): rows[f"lora@full_size{end}", name, "peak_bytes"].value
-             for end, name in (("", "ours"), ("@recompute", "ours"), ("", "R1"), ("", "R2"))}  # fmt: skip
+             for end, name in (("", "ours"), ("@recompute", "ours"), ("", "R1"), ("", "R2"))}
     weights = 2 * 6_154_908_736  # bf16; two adapters and the optimizer come to it
     assert all(weights + 3.6e9 < peak < weights + 20e9 for (_, name), peak in peaks.items() if name != "R1")
     assert peaks["", "R1"] - peaks["", "R2"] == room.ENCODERS

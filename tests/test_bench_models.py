@@ -5,7 +5,7 @@ import torch
 
 from bench import machine
 from bench.models import Model
-from bench.peers.reference_eager import Condition, predict_noise_direction
+from bench.references.reference_eager import Condition, predict_noise_direction
 from dopsd_fast.errors import UserError
 from tests import tiny
 
@@ -29,7 +29,7 @@ def test_the_small_model_is_the_published_one_but_for_its_size():
     differs = {name for name, value in model.config.items() if not name.startswith("_") and full[name] != value}
     assert differs == {"dim", "n_layers", "n_refiner_layers", "n_heads", "n_kv_heads", "cap_feat_dim", "axes_dims", "axes_lens"}
     ours, theirs = ({name.replace(".1.", ".0.") for name, _ in m.named_parameters()}
-                    for m in (model.transformer(), model.family.meta_transformer()))  # fmt: skip
+                    for m in (model.transformer(), model.family.meta_transformer()))
     assert ours == theirs
 
 
@@ -60,7 +60,7 @@ def test_names_of_cases():
     ("zimage-turbo", "--model zimage-turbo computes for hours on a CPU"),
     ("/no/such/folder", "no such folder"),
     ("flux", "no such folder"),
-])  # fmt: skip
+])
 def test_a_model_that_cannot_be_measured(name, said):
     with pytest.raises(UserError, match=said):
         Model(name, CPU)

@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
     ("triton_poi_fused_mul_silu_3", "elementwise"),
     ("void at::native::multi_tensor_apply_kernel<..., FusedAdamMathFunctor<float, 4, ...>>", "optimizer"),
     ("void somebody::unheard_of<int>(float*)", "other"),
-])  # fmt: skip
+])
 def test_kernels(name, part):
     assert breakdown.kernel_part(name) == part
 
@@ -54,7 +54,7 @@ def test_our_own_kernels_are_known():
     assert len(names) >= 15 and "other" not in parts.values(), parts
     assert {name for name, part in parts.items() if part == "gemm"} == {
         "project_kernel", "through_kernel", "input_gradient_kernel", "adapter_gradients_kernel",
-    }  # fmt: skip
+    }
     assert parts["adamw_ema_kernel"] == "optimizer" and parts["_swiglu_bwd_kernel"] == "elementwise"
 
 
@@ -66,7 +66,7 @@ def test_our_own_kernels_are_known():
     ("dopsd::adamw_ema", "optimizer"), ("Optimizer.step#AdamW.step", "optimizer"), ("c10d::allreduce_", "communication"),
     ("gloo:all_reduce", "communication"), ("aten::view", ""), ("aten::empty", ""), ("MulBackward0", ""),
     ("autograd::engine::evaluate_function: MmBackward0", ""), ("BlockFunction", ""), ("elsewhere::op", "other"),
-])  # fmt: skip
+])
 def test_operators(name, part):
     assert breakdown.operator_part(name) == part
 
@@ -98,12 +98,12 @@ def test_own_time_is_the_innermost_operators():
         Span(0, 100, ""),  # a node of autograd
         Span(10, 60, "elementwise"), Span(20, 30, "gemm"), Span(30, 40, ""), Span(32, 36, "communication"),
         Span(70, 90, "attention"), Span(75, 85, "gemm"),
-    ]  # fmt: skip
+    ]
     assert breakdown.own_time(spans) == [
         Span(10, 20, "elementwise"), Span(20, 30, "gemm"), Span(30, 32, "elementwise"), Span(32, 36, "communication"),
         Span(36, 40, "elementwise"), Span(40, 60, "elementwise"),
         Span(70, 75, "attention"), Span(75, 85, "attention"), Span(85, 90, "attention"),
-    ]  # fmt: skip
+    ]
     nested = [Span(0, 10, "optimizer"), Span(2, 4, "elementwise"), Span(5, 7, "communication")]
     assert breakdown.occupied(breakdown.own_time(nested), 0, 10) == whole(optimizer=8, communication=2)
 
@@ -135,10 +135,10 @@ def test_a_gpu_trace_of_two_steps():
         event("cpu_op", "aten::mm", 1000, 10),
         event("cuda_runtime", "cudaMemcpyAsync", 2001, 2, correlation=6),
         event("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 2010, 10, tid=7, correlation=6),
-    ]  # fmt: skip
+    ]
     found = breakdown.break_down(events)
     halves = {part: pytest.approx(time / 2e6) for part, time in whole(
-        gemm=30, communication=10 + 5, optimizer=20, elementwise=10, idle=100 - 65 + 60 - 10).items()}  # fmt: skip
+        gemm=30, communication=10 + 5, optimizer=20, elementwise=10, idle=100 - 65 + 60 - 10).items()}
     assert found.seconds == halves and found.total == pytest.approx(80e-6) and found.steps == 2
     assert found.launch == pytest.approx((5 + 5 + 3 + 1 + 2) / 2e6) and found.kernels == 5 / 2
     assert sum(found.shares.values()) == pytest.approx(1, abs=1e-12)
@@ -153,7 +153,7 @@ def test_a_cpu_trace():
         event("cpu_op", "c10d::allreduce_", 70, 5),
         event("cpu_op", "aten::mul", 25, 10, tid=2),  # another thread: 5 of 10 beside the product
         event("cpu_op", "aten::mul", 150, 10),
-    ]  # fmt: skip
+    ]
     found = breakdown.break_down(events)
     expected = whole(gemm=20, elementwise=5 + 5, optimizer=15, communication=5, idle=100 - 50)
     assert found.seconds == {part: pytest.approx(time / 1e6) for part, time in expected.items()}
@@ -193,7 +193,7 @@ def test_a_profiled_step(tmp_path, monkeypatch):
     assert {row.status for row in rows.values()} == {"ok"}, [row for row in rows.values() if row.status != "ok"]
     assert {row.suite for row in rows.values()} == {"profile"} and {key[:2] for key in rows} == {
         ("lora@zimage", "ours"), ("lora@zimage", "R1"),
-    }  # fmt: skip
+    }
     for variant in ("ours", "R1"):
         values = {metric: row.value for (_, of, metric), row in rows.items() if of == variant}
         assert {f"{what}_{part}" for what in ("seconds", "share") for part in PARTS} < set(values)
@@ -211,14 +211,14 @@ def test_a_profiled_step(tmp_path, monkeypatch):
 
 
 def test_a_variant_that_fails_says_so_and_the_others_go_on(tmp_path, monkeypatch):
-    from bench.cases import workload
+    from bench.suites import workload
 
     def broken(*_):
         raise RuntimeError("no room\nfor it")
 
     monkeypatch.setattr(workload, "PeerStep", broken)
     options = Options(str(tiny.shared("zimage")), torch.device("cpu"), quick=True, threads=1, kinds=("full",))
-    rows = breakdown.profile_step(options, tmp_path)
+    rows = list(breakdown.profile_step(options, tmp_path))
     lost = [row for row in rows if row.status == "failed"]
     assert [(row.variant, row.note) for row in lost] == [("R1", "RuntimeError: no room for it")]
     assert any(row.variant == "ours" and row.metric == "share_gemm" for row in rows)

@@ -1,6 +1,5 @@
 """Tables, progress, plots and report of the benchmark, on rows that are made up."""
 
-import io
 import json
 import re
 import subprocess
@@ -11,14 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from bench import plots, report, show
+from bench.report import page as report
+from bench.report import plots
+from bench.report import tables as show
 from bench.results import Row, failed, write_results
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {
     "cpu": "some <CPU>", "threads": 2, "commit": "0123abc", "model": "nano", "device": "cpu", "load": [0.5, 0.25],
     "torch": "2.13", "gpu": None, "quick": False,
-}  # fmt: skip
+}
 REASON = "RuntimeError: <script>alert('no compiler')</script> & \"more\""
 
 
@@ -27,7 +28,7 @@ def spread(value: float) -> dict:
 
 
 def made_up() -> list[Row]:
-    """Something for every plot, a failure and a fallback."""
+    """Something for every suite and plot, a failure and a fallback."""
     rows = []
     for kind in ("lora", "full"):
         for end in ("", "@K8"):
@@ -101,7 +102,7 @@ def of(suite: str) -> list[Row]:
     (68874.0, "launches_per_step", "", "68,874"),
     (0.0, "gathers_per_step", "", "0"),
     (2.749e-07, "gradient_relative_error", "", "2.7e-07"),
-])  # fmt: skip
+])
 def test_numbers_are_read_in_fitting_units(value, metric, unit, said):
     assert show.read(Row("s", "c", "ours", metric, value, unit))[0] == said
 
@@ -154,73 +155,17 @@ def test_no_rows_are_said_to_be_none(capsys):
     assert capsys.readouterr().out.split() == ["step", "no", "results"]
 
 
-# ---- progress --------------------------------------------------------------------------------------------------------
-
-
-def test_progress_without_a_terminal_is_a_line_per_suite(capsys):
-    show.step("nobody listens")
-    with show.progress(["kernels", "step"]) as bar:
-        for suite in bar.suites:
-            bar.begin(suite)
-            show.step("something")
-            show.show(suite, of(suite)[:1])
-            bar.end(suite)
-    out, err = capsys.readouterr()
-    assert err.splitlines() == ["[1/2] kernels ...", "[2/2] step ..."]
-    assert "something" not in out and "\x1b" not in out
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_tables_and_the_live_bar_share_a_terminal(monkeypatch, capsys):
-    screen = Terminal()
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr(sys, "stdout", screen)
-    with pytest.raises(KeyError):
-        with show.progress(["step", "cost"]) as bar:
-            bar.begin("step")
-            show.step("lora: R1 [not markup]")
-            bar.progress.refresh()
-            show.show("step", of("step"))
-            print("printed meanwhile")
-            bar.end("step")
-            raise KeyError
-    said = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
-    for text in ("[1/2] step", "lora: R1 [not markup]", "516 ms", "printed meanwhile"):
-        assert text in said
-    assert capsys.readouterr().err == "" and show._bar is None
-    assert screen.getvalue().rstrip().endswith("\x1b[?25h")  # the cursor is back
-
-
 # ---- plots -----------------------------------------------------------------------------------------------------------
 
 
 def test_plots_are_drawn_alike_every_time_and_only_where_there_are_rows(tmp_path):
     first = plots.draw(made_up(), FACTS, tmp_path / "a")
     assert {path.stem for path in first} == set(plots.PLOTS)
-    assert set(plots.PLOTS) == {name for name in report.ALT if not name.startswith("reproduce_grid")}  # pictures, not plots
     again = plots.draw(made_up(), FACTS, tmp_path / "b")
     for one, other in zip(first, again):
         assert one.read_bytes() == other.read_bytes() and one.read_bytes().startswith(b"\x89PNG")
     assert plots.draw([], FACTS, tmp_path / "none") == []
     assert plots.draw([failed("step", "step", "ours", "suite", "", "all of it")], FACTS, tmp_path / "none") == []
-
-
-def test_a_step_is_broken_down_without_a_profile_too():
-    parts = plots.assembled(of("step"))
-    assert parts["lora", "R1"] == {"gemm": 0.31725, "encoders": 0.12975, "rest": pytest.approx(0.51625 * 2.25 - 0.447)}
-    assert sum(parts["full", "ours"].values()) == pytest.approx(0.51625) and "encoders" not in parts["full", "ours"]
-    assert not {variant for _, variant in parts} & {"floor", "encoders"}
-
-
-def test_names_are_kept_apart():
-    places = plots.spread_out([0.0, 0.01, 0.02, 0.95, 1.0], 0.0, 1.0, 0.1)
-    assert all(b - a >= 0.1 - 1e-9 for a, b in zip(places, places[1:])) and min(places) >= 0 and max(places) <= 1
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -293,7 +238,7 @@ def test_the_report_says_what_failed_before_anything_else_and_escapes_it(written
 def test_the_headline_is_rollout_and_step(written):
     text = re.sub(r"\s+", " ", " ".join(Page(written).texts))
     for one in ("61.8 trajectory states a second, LoRA", "2.62x rollout against the published one, LoRA",
-                "2.25x training step against R1, full fine-tuning", "1.38x training step against R4, LoRA"):  # fmt: skip
+                "2.25x training step against R1, full fine-tuning", "1.38x training step against R4, LoRA"):
         assert one in text
     assert text.index("61.8 trajectory") < text.index("How to read this")
 
@@ -306,7 +251,7 @@ def test_a_model_with_a_suffix_has_a_headline():
 @pytest.mark.parametrize(("model", "gpu", "case"), [
     ("nano", None, "full/R1"), ("zimage-turbo", "NVIDIA H100 80GB HBM3", "lora/R1"), ("zimage-turbo", "NVIDIA H200", None),
     ("nano", "NVIDIA H100 80GB HBM3", None), ("elsewhere/pipeline", None, None),
-])  # fmt: skip
+])
 def test_targets_are_shown_on_the_machine_that_they_are_for(model, gpu, case):
     goals = plots.goals_of({"model": model, "gpu": gpu})
     assert (case in goals) if case else not goals
@@ -341,8 +286,12 @@ def test_committed_results_can_be_shown(tmp_path, capsys):
 
 
 def test_what_is_repeated():
-    options = "--model nano --device cpu --threads 2"
-    assert report.command(FACTS, ["step", "profile"]) == f"python bench/run.py step {options} --profile"
-    assert report.command({"model": "/a b/<c>"}, []) == "python bench/run.py --model '/a b/<c>'"
-    assert report.command({"command": "python bench/run.py"}, ["step"]) == "python bench/run.py"
-    assert json.loads(json.dumps(report.machine(FACTS)))[0] == ["CPU", "some <CPU>"]
+    assert report.command({"command": "python bench/run.py step"}) == "python bench/run.py step"
+    assert report.command({"script": "bench/full_size.py", "model": "nano"}) == "python bench/full_size.py --model nano"
+    assert json.loads(json.dumps(report.machine(FACTS)))[0] == ["cpu", "some <CPU>"]
+
+
+def test_a_suites_section_says_what_its_module_says():
+    for suite, name in {"step": "step", "kernels": "kernels", "memory": "memory", "profile": "torch.profiler"}.items():
+        assert name in report.about(suite)
+    assert report.about("strange") == ""

@@ -5,15 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.cases import sampling
-from bench.results import Options, Row
+from bench import harness
+from bench.results import Options, Row, merged
+from bench.suites import sampling
 from tests import tiny
 
 OPTIONS = Options(str(tiny.shared("zimage")), torch.device("cpu"), quick=True, threads=1)
 
 
 def found(options: Options) -> dict[tuple[str, str, str], Row]:
-    rows = list(sampling.measure(options))
+    rows = merged(sampling.measure(options))
     by_key = {(row.case, row.variant, row.metric): row for row in rows}
     assert len(by_key) == len(rows) and {row.suite for row in rows} == {"rollout"}
     return by_key
@@ -42,7 +43,7 @@ def test_the_deployed_number_of_states_is_in_the_suite_and_not_in_the_tour():
 
 def test_speedup_is_the_pipelines_seconds_over_ours(monkeypatch):
     seconds = {"diffusers": [3.0, 4.0], "ours": [1.5, 1.0]}
-    monkeypatch.setattr(sampling, "interleaved", lambda calls, *_: {name: seconds[name] for name in calls})
+    monkeypatch.setattr(harness, "in_turns", lambda calls, *_: [{name: seconds[name] for name in calls}])
     row = found(OPTIONS)["student/diffusers@zimage", "ours", "speedup"]
     assert (row.value, row.n, row.unit) == (3.0, 2, "x")
 

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bench import full_size, models, needed
-from bench.cases import correctness, room, step, workload
-from bench.cases.gemm_floor import GemmFloor, Recorder
-from bench.cases.workload import Cell, Workload
+from bench import full_size, harness, models, needed
 from bench.machine import Ceilings
 from bench.models import Model
-from bench.peers import reference_eager as reference
-from bench.results import ROOT, Options, Row, failed, read_results, write_results
+from bench.references import reference_eager as reference
+from bench.results import ROOT, Options, Row, merged, read_results, write_results
+from bench.suites import correctness, room, step, workload
+from bench.suites.gemm_floor import GemmFloor, Recorder
+from bench.suites.workload import Cell, Workload
 from dopsd_fast.errors import UserError
 from dopsd_fast.settings.schema import Settings
 from dopsd_kernels import native_ops
@@ -35,7 +35,7 @@ def tiny_options(**more) -> Options:
 
 
 def found(rows) -> dict[tuple[str, str, str], Row]:
-    rows = list(rows)
+    rows = merged(rows)
     by_key = {(row.case, row.variant, row.metric): row for row in rows}
     assert len(by_key) == len(rows) and {row.suite for row in rows} == {"step"}
     return by_key
@@ -109,7 +109,7 @@ def test_adapters_are_drawn_on_the_models_device(monkeypatch):
 
 
 def test_rows_of_the_suite():
-    rows = found(step.run(tiny_options(peers=("R1", "R2"))))
+    rows = found(step.measure(tiny_options(peers=("R1", "R2"))))
     for kind in ("lora", "full"):
         case = f"{kind}@zimage"
         for variant in ("ours", "R1", "R2"):
@@ -147,7 +147,7 @@ def test_a_variant_that_cannot_run_leaves_rows_and_the_others_go_on(monkeypatch)
             self.whole()
 
     monkeypatch.setattr(step, "PeerStep", Broken)
-    rows = found(step.run(tiny_options(peers=("R1", "R2"), kinds=("full",))))
+    rows = found(step.measure(tiny_options(peers=("R1", "R2"), kinds=("full",))))
     assert rows["full@zimage", "ours", "seconds_per_step"].status == "ok"
     assert rows["full@zimage", "floor", "seconds_per_step"].status == "ok"
     for peer, said in (("R1", "RuntimeError: not twice"), ("R2", "OutOfMemoryError: no room for it")):
@@ -164,8 +164,8 @@ def test_what_would_begin_too_late_is_left_out():
 
 def test_what_fell_back_says_so(monkeypatch):
     monkeypatch.setattr(native_ops, "_native", None)
-    monkeypatch.setitem(step.STRONGER["R3"], "compile_blocks", broken_backend)
-    rows = found(step.run(tiny_options(peers=("R3",), kinds=("full",))))
+    monkeypatch.setitem(reference.STRONGER["R3"], "compile_blocks", broken_backend)
+    rows = found(step.measure(tiny_options(peers=("R3",), kinds=("full",))))
     ours, R3 = (rows["full@zimage", variant, "seconds_per_step"] for variant in ("ours", "R3"))
     assert ours.status == "fallback" and "_native is not built" in ours.note and ours.value > 0
     assert R3.status == "failed" and "no compiler" in R3.note
@@ -190,7 +190,7 @@ def test_what_was_not_compiled_is_known():
         torch._dynamo.utils.counters.clear()
         if function is not None:
             torch.compile(function, backend="eager")(torch.ones(3))
-        said.append(step.compiled_in_part())
+        said.append(harness.compiled_in_part())
     assert said[0] == "" and "broke the graph" in said[1] and said[2] == "torch.compile compiled nothing"
     torch._dynamo.reset()
 
@@ -199,7 +199,7 @@ def test_bf16_is_compared_with_fp32(monkeypatch):
     """As on a GPU; the CPU has no kernels for it. bf16 carries 8 bits: errors of 1e-3 to 1e-1 through ten layers and four
     states. Ours is to be no worse than twice the peer's."""
     monkeypatch.setattr(Model, "dtype", torch.bfloat16)
-    rows = found(step.run(tiny_options(peers=("R2",), kinds=("lora",))))
+    rows = found(step.measure(tiny_options(peers=("R2",), kinds=("lora",))))
     ours, theirs = (rows["lora@zimage", variant, "gradient_relative_error"] for variant in ("ours", "R2"))
     assert 1e-3 < theirs.value < 0.2 and ours.value <= 2 * theirs.value
     assert theirs.note == "against fp32 without TF32" and ours.status == "fallback" and theirs.status == "ok"
@@ -210,7 +210,7 @@ def test_names_of_cells():
     assert Cell(layers=12, states=8, activations="recompute").name == "@12layers@K8@recompute"
     options = Options("nano", CPU)
     assert [cell.name for cell in step.cells(options)] == [
-        "", "@selective", "@recompute", "@K8", "@batch1", "@batch4", "@16px"]  # fmt: skip
+        "", "@selective", "@recompute", "@K8", "@batch1", "@batch4", "@16px"]
     assert [cell.name for cell in step.cells(replace(options, tour=True))] == [""]
 
 
@@ -225,8 +225,8 @@ def test_a_cell_changes_what_its_name_says():
 def test_the_tour_leaves_r3_to_the_suite_and_says_so(monkeypatch):
     monkeypatch.setattr(step, "ceilings", lambda *_: Ceilings(1e9, 1e9))
     options = replace(tiny_options(peers=("R3",), kinds=("lora",), rounds=1), quick=False, tour=True)
-    rows = found(step.run(options))
-    assert rows["lora@zimage", "ours", "seconds_per_step"].note == step.LEFT_TO_SUITE
+    rows = found(step.measure(options))
+    assert rows["lora@zimage", "ours", "seconds_per_step"].note == "R3 is measured by `bench/run.py step`"
     assert {variant for _, variant, _ in rows} == {"ours", "floor"}
 
 
@@ -240,7 +240,7 @@ def test_the_tour_leaves_r3_to_the_suite_and_says_so(monkeypatch):
     (85.0, "full", Cell(activations="recompute"), 12, "fp32", ""),
     (150.7, "full", Cell(), None, "low_bits", ""),
     (400.0, "full", Cell(), None, "fp32", "R1 R2 R3 R4"),
-])  # fmt: skip
+])
 def test_room_for_z_image(monkeypatch, gigabytes, kind, cell, layers, masters, beside):
     """The published model has 6,154,908,736 parameters, LoRA of rank 64 158.8 M (LOG.md)."""
     monkeypatch.setattr(Model, "noise", lambda *_: torch.empty(0))
@@ -292,7 +292,7 @@ def test_the_floor_counts_every_product_once():
         (2, 6, 2, 6): 3, (2, 6, 6, 2): 3,  # attention: 2 forward, 4 backward
         (1, 6, 4, 7): 1, (1, 6, 7, 4): 1,  # frozen: no dW
         (1, 5, 4, 7): 3,  # without gradient
-    })  # fmt: skip
+    })
     floor = GemmFloor(forward, 3, CPU)
     assert floor.flops == 3 * 2 * (3 * 720 + 6 * 144 + 2 * 168 + 3 * 140)
     floor.run()
@@ -320,7 +320,7 @@ def test_on_a_gpu_the_floor_is_freed_before_ours_is_built(monkeypatch):
     monkeypatch.setattr(step, "OurStep", Watched)
     monkeypatch.setattr(step, "GemmFloor", Known)
     monkeypatch.setattr(step.Measurement, "floor_is_alone", True)
-    rows = found(step.run(tiny_options(peers=("R2",), kinds=("lora",))))
+    rows = found(step.measure(tiny_options(peers=("R2",), kinds=("lora",))))
     assert held == [[0]] and ran and min(ran) > 0
     assert rows["lora@zimage", "floor", "seconds_per_step"].value > 0 and rows["lora@zimage", "ours", "mfu"].value > 0
     share = rows["lora@zimage", "ours", "floor_share"]
@@ -332,7 +332,7 @@ def test_without_the_exact_gradient_there_are_times_and_ratios():
     rows = found(step.measure(tiny_options(kinds=("lora",)), [Cell()], ("R2",), exact=False))
     assert rows["lora/R2@zimage", "ours", "speedup"].value > 0
     assert {metric for _, variant, metric in rows if variant == "ours"} == {
-        "seconds_per_step", "states_per_second", "samples_per_second", "speedup"}  # fmt: skip
+        "seconds_per_step", "states_per_second", "samples_per_second", "speedup"}
     assert {variant for _, variant, _ in rows} == {"ours", "R2"}
 
 
@@ -361,7 +361,7 @@ def test_a_part_of_the_full_size_set(tmp_path, capsys):
     lost = {row.case: row.note for row in rows if row.metric == "part_seconds" and row.status == "failed"}
     assert set(lost) == {"lora", "forward"} and all(note.startswith("left out: it needs") for note in lost.values())
     assert {file.name for file in tmp_path.rglob("*")} == {
-        "results.json", "results.csv", "log.txt", "report.html", "plots.tar.gz"}  # fmt: skip
+        "results.json", "results.csv", "log.txt", "report.html", "plots.tar.gz"}
     assert "optimizer" in capsys.readouterr().out
 
 
@@ -387,7 +387,7 @@ def test_the_headline_is_on_the_disk_before_other_parts_begin(tmp_path, monkeypa
     monkeypatch.setattr(full_size, "LOOKING", 0.05)
     monkeypatch.setattr(full_size, "SCRIPT", changed_script(tmp_path / "..", """
         from bench import models
-        from bench.cases import step
+        from bench.suites import step
         models.RANDOM["zimage-small"] |= {"dim": 64, "n_heads": 1, "n_kv_heads": 1, "n_layers": 1}
         rows = step.Measurement.rows
         def slowly(self):
@@ -405,7 +405,7 @@ def test_a_part_that_dies_keeps_what_it_had(tmp_path, monkeypatch):
     """As when it is stopped, by the same signal, while it measures its third op."""
     monkeypatch.setattr(full_size, "SCRIPT", changed_script(tmp_path, """
         import signal
-        from bench.cases import ops
+        from bench.suites import ops
         def hanging(draw):
             os.kill(os.getpid(), signal.SIGKILL)
         ops.OPS = {name: ops.OPS[name] for name in ("swiglu", "rmsnorm_modulate")} | {"hanging": hanging}
@@ -420,7 +420,7 @@ def changed_script(folder: Path, change: str) -> Path:
     """bench/full_size.py after `change`, as the program that runs a part."""
     file = folder / "changed.py"
     lines = ["import os, sys, time", f"sys.path[:0] = {[str(ROOT), str(ROOT / 'kernels')]}", textwrap.dedent(change),
-             "from bench import full_size", "sys.exit(full_size.main(sys.argv[1:]))"]  # fmt: skip
+             "from bench import full_size", "sys.exit(full_size.main(sys.argv[1:]))"]
     file.write_text("\n".join(lines), encoding="utf-8")
     return file
 
@@ -467,19 +467,6 @@ def test_a_part_that_takes_too_long_is_stopped(tmp_path):
     assert (row.status, row.note) == ("failed", "stopped after 1 s")
 
 
-def test_rows_of_several_parts_become_one_set():
-    def row(variant: str, value: float) -> Row:
-        return Row("step", "lora", variant, "seconds_per_step", value, "s")
-
-    lost = failed("step", "lora", "R2", "seconds_per_step", "s", "out of time")
-    rows = full_size.merged([row("ours", 1.0), lost], [row("ours", 2.0), row("R2", 3.0)])
-    assert [(one.variant, one.value) for one in rows] == [("ours", 1.0), ("R2", 3.0)]
-    assert full_size.merged(rows, [lost]) == rows
-    often = replace(row("ours", 4.0), n=20)
-    assert full_size.merged(rows, [often]) == [often, rows[1]] == full_size.merged([often], rows)
-
-
 def test_numbers_that_are_none_are_failures():
-    case = step.Measurement("lora", Cell(), tiny_options(), ())
-    row = case.row("ours", "gradient_relative_error", "", math.nan, "lora")
+    row = harness.Contest("step", "lora{}", tiny_options()).row("ours", "gradient_relative_error", "", math.nan)
     assert (row.status, row.value, row.note) == ("failed", None, "not finite")

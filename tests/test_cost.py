@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bench.cases import cost
-from bench.cases.meta_trace import FOREACH_TENSORS, Trace, moved
+from bench.suites import cost
+from bench.suites.meta_trace import FOREACH_TENSORS, Trace, moved
 from dopsd_kernels.costs import COSTS, Cost
 
 BF16 = torch.bfloat16

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import first_run, needed
-from bench.cases import first_stages
+from bench.suites import first_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = {"cpu_flash"}
@@ -41,7 +41,7 @@ def test_every_stage_has_its_rows_and_none_failed(whole):
     assert not [row for row in rows if {"failed", "left_out"} & set(row)] and rows[-1]["failures"] == 0
     numbers = [value for row in rows for item in row.values() for value in (item if isinstance(item, list) else [item])]
     assert all(math.isfinite(value) for value in numbers if isinstance(value, float)) and not {"nan", "inf"} & set(
-        value for value in numbers if isinstance(value, str))  # fmt: skip
+        value for value in numbers if isinstance(value, str))
     times = [row["t"] for row in rows]
     assert times == sorted(times)
 
@@ -59,7 +59,7 @@ def test_what_each_stage_measures(whole):
     assert of["env"][0]["copy_TBs"] > 0 and of["env"][0]["gemm_TFs"] > 0 and of["env"][0]["launch_us"] > 0
     assert [row["group"] for row in of["gemm"]] == ["qkv", "out", "up", "down"]
     rates = {"base", "base_one_by_one", "folded", "dx_base", "dW_fp32_sums", "lora_triton", "lora_cublas",
-             "lora_backward_triton", "lora_backward_cublas"}  # fmt: skip
+             "lora_backward_triton", "lora_backward_cublas"}
     for row in of["gemm"]:
         assert all(row[name] > 0 for name in rates) and max(row["triton_against_cublas"]) < 1e-5
     dense = {row["backend"]: row for row in of["attend"] if "lengths" not in row}
@@ -176,7 +176,7 @@ def test_what_no_longer_fits_is_left_out(quick):
 
     code, rows = quick("--minutes", "-1", one=names("one"), two=names("two"))
     assert code == 0 and [(row["stage"], row.get("left_out", "")) for row in rows[1:]] == [
-        ("one", "it needs 0 s, 0 are left"), ("two", "it needs 0 s, 0 are left"), ("end", "")]  # fmt: skip
+        ("one", "it needs 0 s, 0 are left"), ("two", "it needs 0 s, 0 are left"), ("end", "")]
 
 
 def test_a_stage_that_hangs_is_ended_with_the_process(quick, monkeypatch):
@@ -202,7 +202,7 @@ def test_the_stages_fit_ten_minutes():
 @pytest.mark.parametrize(("options", "said"), [
     (("gem", "lora"), "no stage gem; stages: env, gemm, attend, ops, lora"),
     (("--device", "cuda:7"), "--device cuda:7: "),
-])  # fmt: skip
+])
 def test_what_cannot_be_run_is_one_line(tmp_path, monkeypatch, capsys, options, said):
     monkeypatch.setenv("QUICK", "1")
     assert first_run.main([str(tmp_path / "out"), *options]) == 2

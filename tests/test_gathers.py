@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from bench.arrangements import STATES, Arrangement, Batch, Ours
-from bench.cases import zero
-from bench.cases.collectives import Collectives, Unaccounted
-from bench.cases.zero import Job
 from bench.models import Model
-from bench.peers.reference_eager import ZIMAGE_TARGETS
+from bench.references.reference_eager import ZIMAGE_TARGETS
+from bench.suites import zero
+from bench.suites.collectives import Collectives, Unaccounted
+from bench.suites.zero import Job
 from tests import driving, tiny
 
 SWEEP, STEP, UNIT = (Arrangement(f"full/{gather}", gather=gather) for gather in ("sweep", "step", "unit"))

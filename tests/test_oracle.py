@@ -1,4 +1,4 @@
-"""One training step of this program against the published step (bench/peers/reference_eager.py), on tiny random models.
+"""One training step of this program against the published step (bench/references/reference_eager.py), on tiny random models.
 
 Same weights, same noise, same batch: the same loss, states and gradient for every trainable tensor.
 
@@ -21,8 +21,8 @@ import zlib
 import pytest
 import torch
 
-from bench.peers import reference_eager as reference
-from bench.peers.float64 import wide
+from bench.references import reference_eager as reference
+from bench.references.float64 import wide
 from dopsd_fast.families.build import build_pair
 from dopsd_fast.families.registry import open_family
 from dopsd_fast.method.dopsd import DOPSD

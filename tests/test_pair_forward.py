@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.peers.float64 import wide
+from bench.references.float64 import wide
 from dopsd_fast.families.zimage.pair import ZImagePair, patchify, unpatchify
 from dopsd_fast.pair.gradient_sums import GradientSums
 from dopsd_fast.pair.lora import add_adapters

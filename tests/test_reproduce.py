@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from bench import run as bench
-from bench.cases import reproduce
 from bench.reproduce import claims, eager
 from bench.reproduce.arms import ABLATIONS, MAIN, OURS, QUICK, START, Budget
 from bench.reproduce.claims import Measures
@@ -21,6 +20,7 @@ from bench.reproduce.resampling import Draws
 from bench.reproduce.runs import Plan
 from bench.reproduce.subjects import Embedded
 from bench.results import Options, read_results
+from bench.suites import reproduce
 from tests import tiny
 from tests.driving import data, rows, start, words
 

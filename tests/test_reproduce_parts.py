@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from bench.cases import reproduce
 from bench.reproduce import claims, runs
 from bench.reproduce.arms import ABLATIONS, MAIN, NAMES, OURS, QUICK, START, Arm, Budget, best_rate, next_rate
 from bench.reproduce.claims import Measures
@@ -20,6 +19,7 @@ from bench.reproduce.pictures import DOMAINS, scenes_of
 from bench.reproduce.resampling import Draws, Moments, Sample, interval
 from bench.reproduce.runs import Lost, Plan
 from bench.reproduce.subjects import Embedded
+from bench.suites import reproduce
 from dopsd_fast.errors import UserError
 from dopsd_fast.nano import measure, world
 from dopsd_fast.nano.build import load_judge

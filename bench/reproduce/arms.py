@@ -61,7 +61,7 @@ ABLATIONS = (
     Arm("weight_mu", "weight mu", ("method.weight=mu",), OURS, curve=False, seeds=2),
     Arm("states_2", "K = 2", ("method.num_states=2",), OURS, curve=False, seeds=2),
     Arm("states_8", "K = 8", ("method.num_states=8",), OURS, curve=False, seeds=2),
-)  # fmt: skip
+)
 NAMES = {arm.name: arm.says for arm in (Arm(START, "start"), *MAIN, *ABLATIONS)}
 
 

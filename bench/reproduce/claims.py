@@ -97,7 +97,7 @@ def claims(m: Measures) -> list[Claim]:
         Claim("ema_at_least_frozen", ("frozen_teacher", OURS),
               (Statement(f"EMA / frozen, target {m.style} (at most 5 % worse)", frozen, 1.05, above=False),)),
         Claim("on_policy_beats_off_policy", ("off_policy", OURS), beats("off_policy")),
-    ]  # fmt: skip
+    ]
 
 
 def rows(draws: Draws, measures: Measures, seeds: int) -> list[Row]:

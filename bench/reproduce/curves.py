@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.drawing import COLOURS, FAINT, OTHERS, canvas
+from bench.report.drawing import COLOURS, FAINT, OTHERS, canvas
 from bench.reproduce.arms import MAIN, NAMES, OURS, START
 from bench.results import Row
 
@@ -14,7 +14,7 @@ STATES = (OURS, "off_policy", "sft_on_teacher_samples")
 PANELS = (
     ("target", "style_distance", "target: style distance"), ("target", "patch_fd", "target: patch Frechet distance"),
     ("original", "patch_fd", "original: patch Frechet distance"), ("original", "accuracy", "original: attribute accuracy"),
-)  # fmt: skip
+)
 LOGARITHMIC = ("patch_fd",)
 EAGER = "dopsd_eager"
 HIDING: Mapping[str, Any] = {"linestyle": (0, (1, 3)), "linewidth": 2.5}
@@ -64,7 +64,7 @@ def _curves(rows: Sequence[Row], arms: Sequence[str], title: str) -> Any:
             shape = HIDING if arm == EAGER else {"marker": "o", "markersize": 3.5}
             axes.plot(steps, values, color=colour[arm], label=says_arm, **shape)
             axes.fill_between(steps, [row.low for row in found], [row.high for row in found], color=colour[arm], alpha=0.18,
-                              linewidth=0)  # fmt: skip
+                              linewidth=0)
         start = points.get((START, domain, metric))
         if start:
             axes.axhline(start[0][1].value, color=FAINT, linestyle="--", linewidth=1)

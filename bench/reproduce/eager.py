@@ -1,7 +1,8 @@
 """`python -m bench.reproduce.eager RUN SETTING=VALUE ...`: the published step in plain PyTorch, on the trainer's records.
 
 Order, prompts, noise and learning rates are those that the trainer would use with these settings; everything else is
-`bench.peers.reference_eager`: encoders in every step, K graphs, gradient checkpointing, torch's AdamW, the average on the side.
+`bench.references.reference_eager`: encoders in every step, K graphs, gradient checkpointing, torch's AdamW, and the average on
+the side.
 Full fine-tuning on one process. Not resumable: what is there without its last checkpoint is begun anew.
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from bench.peers.reference_eager import ReferenceEncoders, ReferenceStep
+from bench.references.reference_eager import ReferenceEncoders, ReferenceStep
 from dopsd_fast.data.epochs import epoch_batches, item_noise
 from dopsd_fast.data.images import load_image
 from dopsd_fast.data.records import read_records
@@ -53,7 +54,7 @@ def train(run: Path, words: Sequence[str]) -> None:
         family.load_transformer(torch.float32), [1 - t for t in family.train_grid(s.method.num_states, s.method.shift, shape)],
         weight=s.method.weight, betas=s.train.betas, eps=s.train.eps, weight_decay=s.train.weight_decay,
         grad_clip=s.train.grad_clip, ema_decay=s.teacher.ema_decay, encoders=encoders,
-    )  # fmt: skip
+    )
     plan: tuple[int, list] = (-1, [])
     with (run / "metrics.jsonl").open("w") as log:
         for done in range(s.train.steps):

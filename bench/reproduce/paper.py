@@ -8,27 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from bench.report.tables import digits
 from bench.reproduce.arms import NAMES, OURS, START
 from bench.results import Row
-from bench.show import digits
 
 COLUMNS = ("fid", "dino_distance", "quality", "aesthetic", "geneval", "dpg")
 HEADS = dict(zip(COLUMNS, ("FID", "DINO dist.", "Quality", "Aesthetic", "GenEval", "DPG")))
 FULL = {
     START: (48.69, 0.1274, 3.76, 3.52, 0.754, 84.8), "sft": (82.20, 0.1896, 2.61, 2.49, 0.159, 70.0),
     "pso": (88.43, 0.1716, 2.87, 2.64, 0.248, 72.4), OURS: (40.49, 0.1088, 3.84, 3.62, 0.717, 84.1),
-}  # fmt: skip
+}
 """Every weight of Z-Image-Turbo, on an anime set."""
 OF_CUSTOM = ("dino_distance", "quality")
 CUSTOM: dict[str, tuple[float | None, ...]] = {
     START: (0.2373, 3.51), "custom_sft": (0.2212, 2.42), "custom_pso": (0.0570, None), "custom_dopsd": (0.0823, 3.80),
-}  # fmt: skip
+}
 """LoRA, about four images a concept."""
 OURS_BESIDE = (
     ("target@{few}_steps", "style_distance", "target: style distance"), ("target@{few}_steps", "patch_fd", "patch FD"),
     ("target@32_steps", "patch_fd", "patch FD, 32 steps"), ("original@{few}_steps", "patch_fd", "original: patch FD"),
     ("original@{few}_steps", "accuracy", "accuracy"),
-)  # fmt: skip
+)
 VERDICTS = {1: "supported", 0: "undecided", -1: "contradicted"}
 
 
@@ -37,17 +37,17 @@ def rows() -> list[Row]:
     found = [
         Row("reproduce", "paper", arm, f"paper_{name}", value, "", note=note)
         for arm, values in FULL.items() for name, value in zip(COLUMNS, values)
-    ]  # fmt: skip
+    ]
     return found + [
         Row("reproduce", "paper, 4 images", arm, f"paper_{name}", value, "", note=note)
         for arm, values in CUSTOM.items() for name, value in zip(OF_CUSTOM, values) if value is not None
-    ]  # fmt: skip
+    ]
 
 
 def markdown(
     found: Mapping[tuple[str, str, str, str], Row], arms: Sequence[str], paper: Mapping[str, Sequence[float | None]] = {},
     columns: Sequence[str] = (), few: int = 4,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """A line for each arm that was measured: our columns, then `columns` of the `paper`'s table."""
     heads = [says for _, _, says in OURS_BESIDE] + ["paper: " * (i == 0) + HEADS[name] for i, name in enumerate(columns)]
     lines = []

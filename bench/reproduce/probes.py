@@ -115,7 +115,7 @@ class Answerer:
                 image_grid_thw=features["image_grid_thw"],
                 use_cache=False,
                 logits_to_keep=1,
-            ).logits[0, -1].double()  # fmt: skip
+            ).logits[0, -1].double()
             yes += bool(logits[self.yes].logsumexp(0) > logits[self.no].logsumexp(0))
         return yes / len(probe.questions)
 

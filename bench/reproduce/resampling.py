@@ -35,7 +35,7 @@ class Moments:
         """patches [P, n, D] of the pictures, real [M, D] of the others."""
         patches = patches.double()
         return cls(torch.full((len(patches),), float(patches.shape[1]), dtype=torch.float64), patches.sum(1),
-                   patches.transpose(1, 2) @ patches, real.double().mean(0), torch.cov(real.double().T))  # fmt: skip
+                   patches.transpose(1, 2) @ patches, real.double().mean(0), torch.cov(real.double().T))
 
     def distances(self, weights: Tensor) -> Tensor:
         """Frechet distance [B] for weights [B, P] of the pictures: |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))."""

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.forks import last_error, rank_environment
+from bench.live import say
 from bench.machine import commit
 from bench.reproduce.arms import START, Arm, Budget, best_rate, finalists, next_rate
 from bench.reproduce.subjects import Subject
 from bench.results import ROOT
-from bench.show import step
 from dopsd_fast.errors import UserError
 
 VALIDATION, FINISHED = "validation.json", "finished"
@@ -184,7 +184,7 @@ class Plan:
                 return
             self._train(arm, rate, seed)
             self._draw(arm.name, rate, seed, str(self.run(arm.name, rate, seed)),
-                       curve=self.subject.curve and arm.curve, final=True)  # fmt: skip
+                       curve=self.subject.curve and arm.curve, final=True)
             self._prune(arm.name, rate, seed)
         except Lost as error:
             self.lost[arm.name, seed] = str(error)
@@ -202,7 +202,7 @@ class Plan:
         run = self.run(arm.name, rate, seed)
         if (run / "export").exists():
             return
-        step(f"{arm.says}, learning rate {rate:g}, seed {seed}: {self.budget.steps} steps")
+        say(f"{arm.says}, learning rate {rate:g}, seed {seed}: {self.budget.steps} steps")
         words = self.words(arm, rate, seed)
         if arm.trained_by == "eager":
             command = ["-m", "bench.reproduce.eager", str(run), *words]
@@ -214,7 +214,7 @@ class Plan:
         out = self.drawn(arm, rate, seed)
         if final and (out / FINISHED).exists():
             return
-        step(f"{out.name}: pictures")
+        say(f"{out.name}: pictures")
         out.mkdir(parents=True, exist_ok=True)
         job = out / "job.json"
         job.write_text(json.dumps(self.subject.job(run, out, self.budget, curve, final)))
@@ -230,7 +230,7 @@ class Plan:
         environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         with log.open("a") as said:
             process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=said, stderr=said,
-                                       stdin=subprocess.DEVNULL)  # fmt: skip
+                                       stdin=subprocess.DEVNULL)
         with self._lock:
             self._live.add(process)
         code = process.wait()

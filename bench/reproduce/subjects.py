@@ -76,7 +76,7 @@ class Embedded:
             "train.threads=1", *SILENT, "conditioning.cache=disk", f"conditioning.folder={self.folder / 'contexts'}",
             f"checkpoint.every={max(1, budget.steps // budget.points)}", f"checkpoint.keep={budget.points + 1}",
             *arm.words, *lora,
-        ]  # fmt: skip
+        ]
 
     def data(self, which: str) -> Path:
         folder = self.folder / which
@@ -135,7 +135,7 @@ class Given:
         return [
             self.recipe, f"model.path={self.model}", f"data.path={self.data}", *steps, *SILENT, "checkpoint.every=0",
             "checkpoint.keep=1", *arm.words, *self.more,
-        ]  # fmt: skip
+        ]
 
     def settings(self) -> Settings:
         return load_settings(self.words(Arm("dopsd", ""), None))

@@ -1,0 +1,227 @@
+"""What all suites do: build the variants of a case, say how exact each is, time them in turns, and make rows of it.
+
+    contest = Contest("rollout", "lora{}@nano", options)       # {}: where a ratio's row names the peer, as "lora/R1@nano"
+    for name in ("R1", "ours"):
+        yield from contest.build(name, partial(make, name), check)
+    yield from contest.time({name: one.step for name, one in contest.alive.items()}, contest.speeds, usual=20, tour=5)
+
+What raises is a row of status "failed", and the others go on. A timing that takes long tells its rows after each round, so that
+a run that is stopped leaves what it has measured: of rows of one key, `results.merged` keeps the one with most measurements.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.clock import in_turns, kernel_clock, ratios, summary
+from bench.live import say
+from bench.references.float64 import wide
+from bench.references.reference_eager import STRONGER
+from bench.results import Options, Row, Status, failed
+
+TOLD_AGAIN = 5.0
+"""Seconds after which the rows of a timing that goes on are told again."""
+Seconds = Mapping[str, Sequence[float]]
+Exact = Mapping[str, tuple[float, str]]
+
+
+class Contest:
+    """Variants of one case. `notes`: what each fell back to, in one line, empty: nothing; shared by the cases that have the
+    same programs. `seconds`, `ratio`: the metrics of a time and of a peer's over ours."""
+
+    def __init__(
+        self, suite: str, case: str, options: Options, seconds: str = "seconds_per_step", ratio: str = "speedup",
+        notes: dict[str, str] | None = None,
+    ) -> None:
+        self.suite, self.case, self.options = suite, case, options
+        self.seconds, self.ratio = seconds, ratio
+        self.alive: dict[str, Any] = {}
+        self.notes = {} if notes is None else notes
+        self.remarks: dict[str, str] = {}
+        """What else is said of a variant's time."""
+        torch.set_num_threads(options.threads)
+
+    def place(self, peer: str = "") -> str:
+        return self.case.format(peer and f"/{peer}")
+
+    # ---- rows --------------------------------------------------------------------------------------------------------
+
+    def row(
+        self, variant: str, metric: str, unit: str, values: Sequence[float] | float, note: str = "", peer: str = ""
+    ) -> Row:
+        """A number of a variant, or with `peer` of ours against that one. It is a fallback where one of them fell back, and a
+        failure where it is not finite."""
+        fell = [self.notes.get(variant, ""), f"{peer}: {self.notes[peer]}" if self.notes.get(peer) else ""]
+        status: Status = "fallback" if any(fell) else "ok"
+        said = "; ".join(dict.fromkeys(filter(None, (*fell, note))))
+        case = self.place(peer)
+        if isinstance(values, float | int):
+            if math.isfinite(values):
+                return Row(self.suite, case, variant, metric, values, unit, status=status, note=said)
+        elif all(map(math.isfinite, values)):
+            return Row(self.suite, case, variant, metric, unit=unit, status=status, note=said, **summary(values))
+        return failed(self.suite, case, variant, metric, unit, "; ".join(filter(None, ("not finite", said))))
+
+    def lost(self, variant: str, error: BaseException | str) -> Iterator[Row]:
+        """A variant without a time."""
+        yield failed(self.suite, self.place(), variant, self.seconds, "s", error)
+        if variant in STRONGER or variant in self.peers:
+            yield failed(self.suite, self.place(variant), "ours", self.ratio, "x", error)
+
+    peers: Sequence[str] = ()
+    """Whom ours is compared with, beside R1 ... R4."""
+
+    def speeds(self, found: Seconds, amounts: Mapping[str, tuple[str, float]] = {}) -> Iterator[Row]:
+        """Seconds and ratios of all, and for each of `amounts`, metric -> (unit, amount), the amount over the seconds."""
+        for name, values in found.items():
+            yield self.row(name, self.seconds, "s", values, self.remarks.get(name, ""))
+            for metric, (unit, amount) in amounts.items():
+                yield self.row(name, metric, unit, [amount / value for value in values])
+            if name != "ours" and "ours" in found:
+                yield self.row("ours", self.ratio, "x", ratios(values, found["ours"]), peer=name)
+
+    # ---- building and timing -----------------------------------------------------------------------------------------
+
+    def build(self, name: str, make: Callable[[], Any], check: Callable[[Any], Exact | None] | None = None) -> Iterator[Row]:
+        """Puts a variant that has run once into `alive`, and says how exact it was; or why it could not. check: runs it, and
+        gives metric -> (error, note)."""
+        compiled = bool(STRONGER.get(name, {}).get("compile_blocks")) or name == "compiled"
+        say(f"{self.suite}: {self.place()}, {'compiling' if compiled else 'building'} {name}")
+        free(self.options.device)
+        torch._dynamo.utils.counters.clear()
+        try:
+            one = make()
+            errors = check(one) if check else None
+            self.notes[name] = compiled_in_part() if compiled else one.fell_back()
+        except Exception as error:
+            yield from self.lost(name, error)
+            one = None
+            free(self.options.device)
+            return
+        self.alive[name] = one
+        for metric, (value, note) in (errors or {}).items():
+            yield self.row(name, metric, "", value, note)
+
+    def time(
+        self, calls: Mapping[str, Callable[[], Any]], rows: Callable[[Seconds], Iterator[Row]], usual: int = 20, tour: int = 5,
+        warmup: int | None = None, kernel: bool = False,
+    ) -> Iterator[Row]:
+        """`rows` of the seconds of `calls`, in turns. Each is called once before: what fails then is left out.
+
+        usual, tour: rounds (`Options.repeats`). warmup: rounds before those that count, 2 and in the tour none if not said.
+        kernel: the calls last microseconds."""
+        options = self.options
+        say(f"{self.suite}: {self.place()}, timing {', '.join(calls)}")
+        able = {}
+        for name, call in calls.items():
+            try:
+                call()
+                able[name] = call
+            except Exception as error:
+                yield from self.lost(name, error)
+        if not able:
+            return
+        warmup = (0 if options.quick or options.tour else 2) if warmup is None else warmup
+        clock = kernel_clock(options.device, options.clock) if kernel else options.clock
+        found: Seconds = {}
+        told = time.monotonic()
+        try:
+            for found in in_turns(able, options.repeats(usual, tour), warmup, options.device, clock):
+                if time.monotonic() - told > TOLD_AGAIN:
+                    yield from rows(found)
+                    told = time.monotonic()
+        except Exception as error:
+            for name in able:
+                yield from self.lost(name, error)
+            return
+        yield from rows(found)
+
+    def forget(self) -> None:
+        for one in self.alive.values():
+            one.close()
+        self.alive.clear()
+        free(self.options.device)
+
+
+# ---- memory and compilers --------------------------------------------------------------------------------------------
+
+
+def free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def new_compiler() -> None:
+    """Nothing is compiled yet, and there is room for one graph per length, branch and mode; all blocks share the code."""
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64
+
+
+def compiled_in_part() -> str:
+    """What torch.compile did not compile since its counters were cleared, in one line; empty: nothing."""
+    counters = torch._dynamo.utils.counters
+    if counters["graph_break"]:
+        reason = " ".join(str(next(iter(counters["graph_break"]))).split())
+        return f"torch.compile broke the graph: {reason[:120]}"
+    frames = counters["frames"]
+    if not frames["ok"]:
+        return "torch.compile compiled nothing"
+    if frames["total"] > frames["ok"]:
+        return f"torch.compile gave up on {frames['total'] - frames['ok']} of {frames['total']} frames"
+    return ""
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What results in `dtype` are compared with: float64 for fp32, fp32 without TF32 for bf16."""
+    return torch.float64 if dtype == torch.float32 else torch.float32
+
+
+def exact_note(dtype: torch.dtype) -> str:
+    """The same, as the note of an error; float64 is the rule and needs none."""
+    return "" if dtype == torch.float32 else "against fp32 without TF32"
+
+
+@contextmanager
+def exactly(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, `dtype` is what products are computed in: no TF32, and no casts from float64 to fp32 in diffusers."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        with wide(dtype):
+            yield
+    finally:
+        matmul.allow_tf32 = before
+
+
+def relative(value: Tensor, true: Tensor) -> float:
+    """|value - true| / |true|, in the 2-norm."""
+    return float((value.double() - true.double()).norm() / true.double().norm())
+
+
+def compare(gradients: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> tuple[float, float]:
+    """(1 - cosine, relative error) of the whole gradient against the exact one; a tensor without gradient counts as zero."""
+    sums = torch.zeros(4, dtype=torch.float64)
+    for name, true in exact.items():
+        if name in gradients:
+            value = gradients[name].double()
+            true = true.to(value.device).double()
+            parts = [(value * true).sum(), value.square().sum(), true.square().sum(), (value - true).square().sum()]
+            sums += torch.stack(parts).cpu()
+        else:
+            sums[2:] += true.double().square().sum()
+    dot, squares, exact_squares, difference = sums.tolist()
+    if not squares or not exact_squares:
+        return math.nan, math.nan
+    return 1.0 - dot / (squares * exact_squares) ** 0.5, (difference / exact_squares) ** 0.5
