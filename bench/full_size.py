@@ -41,6 +41,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -343,14 +344,20 @@ def merged(rows: Iterable[Row], more: Iterable[Row]) -> list[Row]:
 
 
 def report(out: Path) -> None:
-    """report.html, and the plots that it shows in one archive; then no file is larger than LARGEST."""
+    """report.html, and the plots that it shows in one archive; then no file is larger than LARGEST. Drawn elsewhere, so that
+    whatever ends this leaves no plots beside the results."""
     try:
-        from bench.report import PLOTS, write_report
+        from bench.report import FILE, PLOTS, write_report
+        from bench.results import FILE as RESULTS
 
-        write_report(out)
-        with tarfile.open(out / f"{PLOTS}.tar.gz", "w:gz") as archive:
-            archive.add(out / PLOTS, PLOTS)
-        shutil.rmtree(out / PLOTS)
+        with tempfile.TemporaryDirectory() as folder:
+            drawn, archive = Path(folder), f"{PLOTS}.tar.gz"
+            shutil.copy(out / RESULTS, drawn)
+            write_report(drawn)
+            with tarfile.open(drawn / archive, "w:gz") as packed:
+                packed.add(drawn / PLOTS, PLOTS)
+            for name in (FILE, archive):
+                shutil.copy(drawn / name, out)
     except Exception as error:
         print(f"no report.html: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     log = out / "log.txt"

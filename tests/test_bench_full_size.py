@@ -12,8 +12,8 @@ from dataclasses import asdict
 
 import pytest
 
-from bench import full_size
-from bench.results import Row, read_results
+from bench import full_size, plots
+from bench.results import Row, read_results, write_results
 from tests.test_bench_step import SMALL, changed_script
 
 
@@ -74,3 +74,27 @@ def test_a_part_that_nobody_stops_ends_itself(tmp_path, monkeypatch):
     assert time.monotonic() - began > 0.2
     full_size.end_when_alone(os.getppid() + 1, time.monotonic() + 1e6)  # at once: its parent is another one by now
     assert ended == [(os.getpid(), signal.SIGKILL)] * 2
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no font"), full_size.Stopped("SIGTERM")], ids=["failed", "stopped"])
+def test_a_report_that_is_not_finished_leaves_no_plots(tmp_path, monkeypatch, capsys, error):
+    """Between drawing and archiving, where twelve of them would lie beside the results."""
+    drawn = []
+
+    def draw(rows, facts, folder):
+        folder.mkdir()
+        for number in range(12):
+            drawn.append(folder / f"{number}.png")
+            drawn[-1].write_bytes(b"")
+        raise error
+
+    write_results(tmp_path, {}, [])
+    monkeypatch.setattr(plots, "draw", draw)
+    if isinstance(error, Exception):
+        full_size.report(tmp_path)
+        assert "no report.html: RuntimeError: no font" in capsys.readouterr().out
+    else:
+        with pytest.raises(full_size.Stopped):
+            full_size.report(tmp_path)
+    assert len(drawn) == 12 and not any(file.exists() for file in drawn)
+    assert {file.name for file in tmp_path.iterdir()} == {"results.json", "results.csv"}
