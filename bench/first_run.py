@@ -24,7 +24,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,14 @@ class Run:
         traceback.print_exception(error)
         self.failures += 1
         self.say(stage, **row, failed=one_line(error))
+
+    @contextmanager
+    def guard(self, stage: str, **row: Any) -> Iterator[None]:
+        """What raises inside is a line of its own, and the stage goes on behind it."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(stage, error, **row)
 
     @property
     def limits(self) -> Ceilings:

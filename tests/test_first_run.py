@@ -8,12 +8,14 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import first_run, needed
 from bench.cases import first_stages
+from dopsd_kernels import pair_linear
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = {"cpu_flash"}
@@ -148,6 +150,67 @@ def test_a_library_that_fails_hides_no_other(quick, monkeypatch):
     found = [row for row in rows if row["stage"] == "attend"]
     assert code == 1 and [row["backend"] for row in found if "failed" in row] == ["cpu_flash"]
     assert {row["backend"] for row in found if "forward" in row} == {"auto", "cpu_flash"}
+
+
+def test_a_backend_of_the_products_takes_no_other_and_no_other_group(quick, monkeypatch):
+    forward, dx = pair_linear.run_forward, []
+
+    def broken(*arguments):
+        if pair_linear._selected == "triton":
+            raise RuntimeError("ptxas failed")
+        return forward(*arguments)
+
+    def rate(run, operations, call, rounds=20):
+        dx.append(operations)
+        if len(dx) == 4:  # the fourth of the first group: dx_base
+            raise torch.OutOfMemoryError("no room")
+        call()
+        return 1.0
+
+    monkeypatch.setattr(pair_linear, "run_forward", broken)
+    monkeypatch.setattr(first_run.Run, "rate", rate)
+    code, rows = quick(gemm=first_stages.gemm)
+    found = [row for row in rows if row["stage"] == "gemm"]
+    lost = [(row["group"], row.get("backend")) for row in found if "failed" in row]
+    assert code == 1 and lost == [("qkv", None), ("out", "triton"), ("up", "triton"), ("down", "triton")]
+    first, *others = [row for row in found if "n" in row]
+    assert {"base", "folded"} <= set(first) and not {"dx_base", "lora_cublas"} & set(first)
+    for row in others:
+        assert {"base", "dx_base", "lora_cublas", "lora_backward_cublas", "dW_fp32_sums"} <= set(row)
+        assert not {"lora_triton", "triton_against_cublas"} & set(row)
+
+
+def test_kernels_after_one_that_fails_are_measured(quick, monkeypatch):
+    def broken(run):
+        raise RuntimeError("no plan")
+
+    monkeypatch.setattr(first_stages, "OPS", ())
+    monkeypatch.setattr(first_stages, "gated_norm_backward", broken)
+    code, rows = quick(ops=first_stages.ops)
+    failed, measured = [row for row in rows if row["stage"] == "ops"]
+    assert code == 1 and failed["op"] == "gated_residual_norm_bwd" and "no plan" in failed["failed"]
+    assert measured["op"] == "adamw_ema, low bits" and measured["us"] > 0
+
+
+def test_a_batch_that_fails_hides_no_other(quick, monkeypatch):
+    def step(run, name, kind, cell):
+        if cell.batch == 1:
+            raise RuntimeError("no plan")
+        run.say(name, seconds=1.0)
+
+    monkeypatch.setattr(first_stages, "our_step", step)
+    code, rows = quick(lora_512=first_stages.lora_512)
+    assert code == 1 and [(row["stage"], "failed" in row) for row in rows[1:3]] == [("lora_512", True), ("lora_512_batch4", False)]
+
+
+def test_kernels_are_listed_though_the_parts_of_the_step_are_not_found(quick, monkeypatch):
+    """As of a trace that lacks the step's range."""
+    events = [{"cat": "cpu_op", "name": name, "dur": 1000} for name in ("mm", "mm", "add")]
+    monkeypatch.setattr(first_stages, "traced", lambda *given: events)
+    code, rows = quick(lora=lambda run: first_stages.where_time_goes(run, "lora", SimpleNamespace(step=None, engine=None)))
+    failed, *kernels = [row for row in rows if row["stage"] == "lora"]
+    assert code == 1 and failed["part"] == "breakdown" and "no range" in failed["failed"]
+    assert [(row["kernel"], row["count"], row["ms"]) for row in kernels] == [("mm", 2, 2.0), ("add", 1, 1.0)]
 
 
 def test_when_the_device_is_dead_it_says_so_and_ends(quick, monkeypatch):
