@@ -144,7 +144,12 @@ def plain(value: Any) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
+    """The type's name alone where the error cannot say more: the text of another library's error may itself raise."""
+    name = type(error).__name__
+    try:
+        return " ".join(f"{name}: {error}".split())[:400]
+    except Exception:
+        return name
 
 
 STAGES = {"env": 10, "gemm": 45, "attend": 30, "ops": 45, "lora": 60, "lora_cublas": 45, "r1": 50, "lora_512": 40, "full": 60,
@@ -223,6 +228,9 @@ def stages_of(run: Run, names: Sequence[str], limit: float) -> int:
             if dead:
                 run.say("dead", after=name, why=dead, left_out=list(names[place + 1 :]))
                 return 1
+    except KeyboardInterrupt:
+        run.say("stopped", name=now[0], why="interrupted")
+        return 1
     finally:
         watch.cancel()
     run.say("end", failures=run.failures)
@@ -230,13 +238,16 @@ def stages_of(run: Run, names: Sequence[str], limit: float) -> int:
 
 
 def guarded(run: Run, name: str) -> None:
-    """What the stage raises is a line, and nothing that it held is kept: the error, which holds its frames, ends here."""
+    """What the stage raises is a line, and nothing that it held is kept: the error, which holds its frames, ends here. A library
+    that calls sys.exit ends only the stage."""
     from bench.cases import first_stages
 
     began = time.monotonic()
     try:
         getattr(first_stages, name)(run)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         run.fail(name, error)
     run.say("done", name=name, seconds=time.monotonic() - began)
 

@@ -141,6 +141,30 @@ def test_a_stage_that_raises_is_a_line_keeps_nothing_and_stops_no_other(quick):
     assert found["after"]["freed"] is True and found["end"]["failures"] == 1
 
 
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(("error", "said"), [(SystemExit(3), "SystemExit: 3"), (Mute(), "Mute")], ids=["exit", "mute"])
+def test_nothing_that_a_stage_raises_ends_the_run(quick, error, said):
+    def stage(run):
+        raise error
+
+    code, rows = quick(stage=stage, after=lambda run: run.say("after"))
+    found = {row["stage"]: row for row in rows}
+    assert code == 1 and found["stage"]["failed"] == said and "after" in found and rows[-1]["failures"] == 1
+
+
+def test_an_interrupt_is_a_line_and_the_end(quick):
+    def stage(run):
+        raise KeyboardInterrupt
+
+    code, rows = quick(stage=stage, after=lambda run: run.say("after"))
+    assert code == 1 and rows[-1]["stage"] == "stopped" and rows[-1]["name"] == "stage"
+    assert rows[-1]["why"] == "interrupted" and "after" not in {row["stage"] for row in rows}
+
+
 def test_a_library_that_fails_hides_no_other(quick, monkeypatch):
     def broken(name, *tensors):
         raise RuntimeError("no plan")
