@@ -153,9 +153,11 @@ def one_line(error: BaseException) -> str:
 
 
 STAGES = {"env": 10, "gemm": 45, "attend": 30, "ops": 45, "lora": 60, "lora_cublas": 45, "r1": 50, "lora_512": 40, "full": 60,
-          "full_recompute": 40, "r4": 90}  # fmt: skip
+          "full_recompute": 40, "r4": 90, "r2": 60}  # fmt: skip
 """Functions of bench/cases/first_stages.py in the order of what they decide, and the seconds that must be left for each to
 begin: at full size on a GPU, the kernels' compilation included."""
+ON_REQUEST = ("r2",)
+"""Stages that run only where the command line names them."""
 FASTER = 30
 """How many times shorter the stages of QUICK=1 are."""
 
@@ -176,6 +178,8 @@ def main(argv: Sequence[str], began: float | None = None) -> int:
         print(refused, file=sys.stderr)
         return 2
 
+    import torch
+
     from bench.machine import device_named, environment
     from bench.results import Options
     from dopsd_fast.errors import UserError
@@ -195,15 +199,19 @@ def main(argv: Sequence[str], began: float | None = None) -> int:
     except OSError as error:
         print(f"{SCRIPT}: {arguments.out}: {error.strerror}: name a folder that can be written to", file=sys.stderr)
         return 2
-    run.say("start", **environment(options), missing=absent(needed=False), minutes=arguments.minutes)
-    return stages_of(run, arguments.stages or list(STAGES), 60 * arguments.minutes)
+    memory = torch.cuda.get_device_properties(device).total_memory if run.cuda else None
+    facts = environment(options) | {"cudnn": torch.backends.cudnn.version(), "gpu_bytes": memory}
+    run.say("start", **facts, missing=absent(needed=False), minutes=arguments.minutes)
+    stages = arguments.stages or [name for name in STAGES if name not in ON_REQUEST]
+    return stages_of(run, stages, 60 * arguments.minutes)
 
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog=SCRIPT, description="The first minutes on a GPU. QUICK=1 in the environment: every "
                                     "stage with a small model, on a CPU too.")  # fmt: skip
     found.add_argument("out", type=Path, metavar="OUT", help="folder for first.jsonl and the traces")
-    found.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}; none: all, in this order")
+    which = f"{', '.join(STAGES)}; none: all but {', '.join(ON_REQUEST)}, in this order"
+    found.add_argument("stages", nargs="*", metavar="STAGE", help=which)
     found.add_argument("--minutes", type=float, default=9.5, help="all of it ends within, imports included (default: 9.5)")
     found.add_argument("--device", default="auto", help="auto, cuda, cuda:1, cpu")
     return found
@@ -238,8 +246,8 @@ def stages_of(run: Run, names: Sequence[str], limit: float) -> int:
 
 
 def guarded(run: Run, name: str) -> None:
-    """What the stage raises is a line, and nothing that it held is kept: the error, which holds its frames, ends here. A library
-    that calls sys.exit ends only the stage."""
+    """What the stage raises is a line, and nothing that it held is kept: the error, which holds its frames, ends here. A
+    library that calls sys.exit ends only the stage."""
     from bench.cases import first_stages
 
     began = time.monotonic()

@@ -20,6 +20,7 @@ from dopsd_kernels import pair_linear
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = {"cpu_flash"}
 """Of attention, those that a CPU has."""
+USUAL = [name for name in first_run.STAGES if name not in first_run.ON_REQUEST]
 
 
 def lines(out: Path) -> list[dict]:
@@ -41,7 +42,7 @@ def whole(tmp_path_factory):
 def test_every_stage_has_its_rows_and_none_failed(whole):
     out, rows, printed, _ = whole
     assert [json.loads(line) for line in printed.splitlines() if line.startswith("{")] == rows
-    assert [row["name"] for row in rows if row["stage"] == "done"] == list(first_run.STAGES)
+    assert [row["name"] for row in rows if row["stage"] == "done"] == USUAL
     assert not [row for row in rows if {"failed", "left_out"} & set(row)] and rows[-1]["failures"] == 0
     numbers = [value for row in rows for item in row.values() for value in (item if isinstance(item, list) else [item])]
     assert all(math.isfinite(value) for value in numbers if isinstance(value, float)) and not {"nan", "inf"} & set(
@@ -55,6 +56,7 @@ def test_the_first_row_says_where_and_what(whole):
     start = rows[0]
     assert start["stage"] == "start" and start["torch"] == torch.__version__ and start["device"] == "cpu"
     assert {"cpu", "cores", "python", "triton", "transformers", "commit", "missing", "model"} <= set(start)
+    assert start["cudnn"] == torch.backends.cudnn.version() and start["gpu_bytes"] is None
 
 
 def test_the_clock_begins_before_the_imports(whole):
@@ -65,7 +67,7 @@ def test_the_clock_begins_before_the_imports(whole):
 
 def test_what_each_stage_measures(whole):
     _, rows, *_ = whole
-    of = {name: [row for row in rows if row["stage"] == name] for name in first_run.STAGES}
+    of = {name: [row for row in rows if row["stage"] == name] for name in USUAL}
     assert of["env"][0]["copy_TBs"] > 0 and of["env"][0]["gemm_TFs"] > 0 and of["env"][0]["launch_us"] > 0
     assert [row["group"] for row in of["gemm"]] == ["qkv", "out", "up", "down"]
     rates = {"base", "base_one_by_one", "folded", "dx_base", "dW_fp32_sums", "lora_triton", "lora_cublas",
@@ -292,7 +294,14 @@ def test_a_stage_that_hangs_is_ended_with_the_process(quick, monkeypatch):
 def test_the_stages_fit_the_minutes():
     """So that all of them begin if each takes what it is said to need, and the command ends within ten minutes."""
     minutes = first_run.parser().parse_args(["out"]).minutes
-    assert sum(first_run.STAGES.values()) <= 60 * minutes < 600
+    assert sum(first_run.STAGES[name] for name in USUAL) <= 60 * minutes < 600
+
+
+def test_a_peer_that_only_the_command_line_names(tmp_path, monkeypatch):
+    peers = []
+    monkeypatch.setenv("QUICK", "1")
+    monkeypatch.setattr(first_stages, "peer_step", lambda run, name: peers.append(name))
+    assert first_run.main([str(tmp_path), "r2", "--device", "cpu"]) == 0 and peers == ["R2"]
 
 
 @pytest.mark.parametrize(("options", "said"), [

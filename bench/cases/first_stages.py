@@ -354,3 +354,8 @@ def full_recompute(run: Run) -> None:
 def r4(run: Run) -> None:
     """The strongest peer, compiled: the ratio that must not be hidden."""
     peer_step(run, "R4")
+
+
+def r2(run: Run) -> None:
+    """What of the published step its encoders are: R1 without them, eager."""
+    peer_step(run, "R2")
