@@ -245,8 +245,9 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 def untie_(x: Tensor) -> Tensor:
     """Changes fp32 `x` in place so that rounding to nearest, ties to even, as every cast does it, gives the upper half that
     `split` gives: of numbers halfway between two bf16 numbers, those that a cast would round towards 0 become the next fp32
-    number away from 0 (2^-16 of a bf16 step). What is exported of masters that are kept as low bits then is the live weight,
-    in whatever type it is stored."""
+    number away from 0 (2^-16 of a bf16 step). What is exported of masters that are kept as low bits then is the live weight
+    once it is read as bf16, if it is stored in bf16, fp32 or float64. fp16 has only three bits more than bf16: it rounds such a
+    number back to the middle."""
     for piece in x.view(-1).view(torch.int32).split(_PIECE):
         piece += (piece & 0x1FFFF) == 0x8000
     return x
