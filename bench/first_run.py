@@ -153,7 +153,7 @@ def one_line(error: BaseException) -> str:
 
 
 STAGES = {"env": 10, "gemm": 45, "attend": 30, "ops": 45, "lora": 60, "lora_cublas": 45, "r1": 50, "lora_512": 40, "full": 60,
-          "full_recompute": 40, "r4": 90, "r2": 60}  # fmt: skip
+          "full_recompute": 40, "r4": 90, "r2": 60}
 """Functions of bench/cases/first_stages.py in the order of what they decide, and the seconds that must be left for each to
 begin: at full size on a GPU, the kernels' compilation included."""
 ON_REQUEST = ("r2",)

@@ -9,11 +9,12 @@ import textwrap
 import threading
 import time
 from dataclasses import asdict
+from importlib.metadata import requires, version
 
 import pytest
 
-from bench import full_size, plots
-from bench.results import Row, read_results, write_results
+from bench import full_size, needed, plots
+from bench.results import ROOT, Row, read_results, write_results
 from tests.test_bench_step import SMALL, changed_script
 
 
@@ -98,3 +99,25 @@ def test_a_report_that_is_not_finished_leaves_no_plots(tmp_path, monkeypatch, ca
             full_size.report(tmp_path)
     assert len(drawn) == 12 and not any(file.exists() for file in drawn)
     assert {file.name for file in tmp_path.iterdir()} == {"results.json", "results.csv"}
+
+
+@pytest.mark.parametrize("here", ["4.15.0", "4.9.0", "3.20"])
+def test_nothing_begins_with_a_package_that_is_too_old(tmp_path, monkeypatch, capsys, here):
+    monkeypatch.setattr(needed, "version", lambda name: here if name == "typing-extensions" else version(name))
+    assert full_size.main(["--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"typing_extensions is {here}, needs 4.16.0 or newer" in said
+    assert "constraints.txt typing-extensions`" in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("here", ["4.16.0", "4.16.1rc1", "5.0"])
+def test_a_package_that_is_new_enough_is_taken(monkeypatch, here):
+    monkeypatch.setattr(needed, "version", lambda name: here if name == "typing-extensions" else version(name))
+    assert needed.outdated() == {}
+
+
+def test_the_oldest_versions_are_those_of_whoever_needs_them():
+    least = {package.name: package.least for package in needed.PACKAGES if package.least}
+    declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f"typing-extensions>={least.pop('typing-extensions')}" in requires("pydantic")
+    assert f'"transformers>={least.pop("transformers")}"' in declared and not least

@@ -79,7 +79,7 @@ def gemm(run: Run) -> None:
     folded [x | x A^T] [W | s B]^T. All in TFLOP/s of the base product, so a row's numbers compare."""
     size = run.size
     for name, n, k, members in (("qkv", size.width, size.width, 3), ("out", size.width, size.width, 1),
-                                ("up", size.hidden, size.width, 2), ("down", size.width, size.hidden, 1)):  # fmt: skip
+                                ("up", size.hidden, size.width, 2), ("down", size.width, size.hidden, 1)):
         found: dict[str, Any] = {}
         with run.guard("gemm", group=name):
             product_rates(run, name, n, k, members, found)
