@@ -3,8 +3,8 @@ r"""`python bench/full_size.py --out DIR`: Z-Image at full size on one GPU, in a
 Parts in order of importance, each in a process of its own: the headline (the LoRA step against R1, a few rounds), correctness
 in bf16, the LoRA step against R1 and R4 with its errors, the kernels, full fine-tuning against R1 and R4, rollout, forward,
 optimizer, memory, then the steps' peers R2 and R3. A part whose time is up is stopped and keeps the rows that it has found, one
-that no longer fits is left out, and a row says so; a part that brings the GPU's context down takes no other with it. SIGTERM, SIGHUP
-and SIGINT end the part at work, too; what it has found is written, and no report.
+that no longer fits is left out, and a row says so; a part that brings the GPU's context down takes no other with it. SIGTERM,
+SIGHUP and SIGINT end the part at work, too: what it has found is written, a report is not.
 
 results.json and results.csv are written whenever a part has found rows, so the headline's ratio (case lora/R1, metric speedup)
 is on the disk a minute or two after the start; log.txt has what the parts said; report.html and plots.tar.gz come last. These
@@ -104,8 +104,8 @@ class Stopped(BaseException):
 
 @contextmanager
 def signals_raised() -> Iterator[None]:
-    """Inside, the first signal that asks for the end raises Stopped, so that the part at work is ended and its rows are written;
-    further ones are ignored meanwhile. What is ignored already stays so, as nohup wants it."""
+    """Inside, the first signal that asks for the end raises Stopped, so that the part at work is ended and its rows are
+    written; further ones are ignored meanwhile. What is ignored already stays so, as nohup wants it."""
     asking = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     numbers = [number for number in asking if signal.getsignal(number) is not signal.SIG_IGN]
 

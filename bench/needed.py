@@ -15,8 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 @dataclass(frozen=True)
 class Package:
     """name: on PyPI. module: what is imported. brought: the GPU machine does not have it, it comes as a wheel. needed: nothing
-    runs without it; else what is lost without it is said in the rows. least: the oldest version that does, where the GPU machine
-    may have an older one with which the run would end in the middle of an import."""
+    runs without it; else what is lost without it is said in the rows. least: the oldest version that does, where the GPU
+    machine may have an older one, with which the run would end in the middle of an import."""
 
     name: str
     module: str
@@ -89,5 +89,5 @@ def refusal(script: str) -> str:
         return ""
     said = [f"{', '.join(lost)} not installed"] * bool(lost) + list(old.values())
     names = " ".join(package.name for package in PACKAGES if package.module in [*lost, *old])
-    return (f"{script}: {'; '.join(said)}: `python -m pip install -c constraints.txt {names}`, or on a machine without a network "
-            "wheels, as bench/full_size.py says at its top")
+    return (f"{script}: {'; '.join(said)}: `python -m pip install -c constraints.txt {names}`, or on a machine without a "
+            "network wheels, as bench/full_size.py says at its top")

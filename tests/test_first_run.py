@@ -226,7 +226,8 @@ def test_a_batch_that_fails_hides_no_other(quick, monkeypatch):
 
     monkeypatch.setattr(first_stages, "our_step", step)
     code, rows = quick(lora_512=first_stages.lora_512)
-    assert code == 1 and [(row["stage"], "failed" in row) for row in rows[1:3]] == [("lora_512", True), ("lora_512_batch4", False)]
+    assert code == 1 and "failed" in rows[1] and "failed" not in rows[2]
+    assert [row["stage"] for row in rows[1:3]] == ["lora_512", "lora_512_batch4"]
 
 
 def test_kernels_are_listed_though_the_parts_of_the_step_are_not_found(quick, monkeypatch):
