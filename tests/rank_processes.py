@@ -82,7 +82,7 @@ def _server() -> Server:
 def serve() -> None:
     from tests.zygote import PRELOAD
 
-    ours = ["tests.ranks", "dopsd_fast.sharding", "dopsd_fast.teacher", "dopsd_fast.checkpoints"]
+    ours = ["tests.ranks", "dopsd_fast.distributed.zero_engine", "dopsd_fast.pair.student_teacher", "dopsd_fast.storage.checkpoints"]
     for name in [*PRELOAD, *ours, "safetensors.torch"]:
         importlib.import_module(name)
     gc.freeze()  # ZeRO-3 collects garbage at every start: half a second over all of torch's and transformers' objects

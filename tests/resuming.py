@@ -21,7 +21,7 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 
 from bench.forks import free_port  # noqa: E402
-from dopsd_fast import checkpoints  # noqa: E402
+from dopsd_fast.storage import checkpoints  # noqa: E402
 from tests import ranks  # noqa: E402
 
 LAST = 2
