@@ -23,11 +23,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+BEGAN = time.monotonic()
+"""Taken before PyTorch and the models are imported, since these seconds are among the minutes that a run may take."""
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "kernels")]
@@ -47,11 +50,11 @@ SCRIPT = "bench/first_run.py"
 class Run:
     """What the stages share: where they write, what they run on, and the seconds of the steps so far, by name."""
 
-    def __init__(self, out: Path, options: Options) -> None:
+    def __init__(self, out: Path, options: Options, began: float) -> None:
         from bench.models import Model
         from bench.suites.ops import Size
 
-        self.began, self.out, self.options, self.device = time.monotonic(), out, options, options.device
+        self.began, self.out, self.options, self.device = began, out, options, options.device
         self.model = Model(options.model, options.device)
         self.dtype, self.size = self.model.dtype, Size.of(self.model)
         self.cuda = self.device.type == "cuda"
@@ -76,6 +79,14 @@ class Run:
         traceback.print_exception(error)
         self.failures += 1
         self.say(stage, **row, failed=one_line(error))
+
+    @contextmanager
+    def guard(self, stage: str, **row: Any) -> Iterator[None]:
+        """What raises inside is a line of its own, and the stage goes on behind it."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(stage, error, **row)
 
     @property
     def limits(self) -> Ceilings:
@@ -130,13 +141,20 @@ def plain(value: Any) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
+    """The type's name alone where the error cannot say more: the text of another library's error may itself raise."""
+    name = type(error).__name__
+    try:
+        return " ".join(f"{name}: {error}".split())[:400]
+    except Exception:
+        return name
 
 
 STAGES = {"env": 10, "gemm": 45, "attend": 30, "ops": 45, "lora": 60, "lora_cublas": 45, "r1": 50, "lora_512": 40, "full": 60,
-          "full_recompute": 40, "r4": 90}
+          "full_recompute": 40, "r4": 90, "r2": 60}
 """Functions of bench/suites/first_stages.py in the order of what they decide, and the seconds that must be left for each to
 begin: at full size on a GPU, the kernels' compilation included."""
+ON_REQUEST = ("r2",)
+"""Stages that run only where the command line names them."""
 FASTER = 30
 """How many times shorter the stages of QUICK=1 are."""
 
@@ -144,7 +162,9 @@ FASTER = 30
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], began: float | None = None) -> int:
+    """`began`: the moment, by time.monotonic(), from which --minutes count; None: now."""
+    began = time.monotonic() if began is None else began
     arguments = parser().parse_args(argv)
     quick = os.environ.get("QUICK") == "1"
     refused = refusal(SCRIPT)
@@ -154,6 +174,8 @@ def main(argv: Sequence[str]) -> int:
     if refused:
         print(refused, file=sys.stderr)
         return 2
+
+    import torch
 
     from bench.machine import device_named, environment
     from bench.results import Options
@@ -167,23 +189,27 @@ def main(argv: Sequence[str]) -> int:
         if device.type != "cuda" and not quick:
             raise UserError("Z-Image at full size needs a GPU, there is none; QUICK=1 tries every stage on a CPU")
         options = Options("zimage-small" if quick else "zimage-turbo", device, quick=quick, threads=threads)
-        run = Run(arguments.out, options)
+        run = Run(arguments.out, options, began)
     except UserError as error:
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"{SCRIPT}: {arguments.out}: {error.strerror}: name a folder that can be written to", file=sys.stderr)
         return 2
-    run.say("start", **environment(options), missing=absent(needed=False), minutes=arguments.minutes)
-    return stages_of(run, arguments.stages or list(STAGES), 60 * arguments.minutes)
+    memory = torch.cuda.get_device_properties(device).total_memory if run.cuda else None
+    facts = environment(options) | {"cudnn": torch.backends.cudnn.version(), "gpu_bytes": memory}
+    run.say("start", **facts, missing=absent(needed=False), minutes=arguments.minutes)
+    stages = arguments.stages or [name for name in STAGES if name not in ON_REQUEST]
+    return stages_of(run, stages, 60 * arguments.minutes)
 
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog=SCRIPT, description="The first minutes on a GPU. QUICK=1 in the environment: every "
                                     "stage with a small model, on a CPU too.")
     found.add_argument("out", type=Path, metavar="OUT", help="folder for first.jsonl and the traces")
-    found.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}; none: all, in this order")
-    found.add_argument("--minutes", type=float, default=10.0, help="all of it ends within")
+    which = f"{', '.join(STAGES)}; none: all but {', '.join(ON_REQUEST)}, in this order"
+    found.add_argument("stages", nargs="*", metavar="STAGE", help=which)
+    found.add_argument("--minutes", type=float, default=9.5, help="all of it ends within, imports included (default: 9.5)")
     found.add_argument("--device", default="auto", help="auto, cuda, cuda:1, cpu")
     return found
 
@@ -207,6 +233,9 @@ def stages_of(run: Run, names: Sequence[str], limit: float) -> int:
             if dead:
                 run.say("dead", after=name, why=dead, left_out=list(names[place + 1 :]))
                 return 1
+    except KeyboardInterrupt:
+        run.say("stopped", name=now[0], why="interrupted")
+        return 1
     finally:
         watch.cancel()
     run.say("end", failures=run.failures)
@@ -214,13 +243,16 @@ def stages_of(run: Run, names: Sequence[str], limit: float) -> int:
 
 
 def guarded(run: Run, name: str) -> None:
-    """What the stage raises is a line, and nothing that it held is kept: the error, which holds its frames, ends here."""
+    """What the stage raises is a line, and nothing that it held is kept: the error, which holds its frames, ends here. A
+    library that calls sys.exit ends only the stage."""
     from bench.suites import first_stages
 
     began = time.monotonic()
     try:
         getattr(first_stages, name)(run)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         run.fail(name, error)
     run.say("done", name=name, seconds=time.monotonic() - began)
 
@@ -231,7 +263,7 @@ def stop(run: Run, name: str, limit: float) -> None:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
+    code = main(sys.argv[1:], BEGAN)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # libraries' threads can abort an ordinary exit, and all is written

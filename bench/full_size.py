@@ -3,7 +3,8 @@ r"""`python bench/full_size.py --out DIR`: Z-Image at full size on one GPU, in a
 Parts in order of importance, each in a process of its own: the headline (the LoRA step against R1, a few rounds), correctness
 in bf16, the LoRA step against R1 and R4 with its errors, the kernels, full fine-tuning against R1 and R4, rollout, forward,
 optimizer, memory, then the steps' peers R2 and R3. A part whose time is up is stopped and keeps the rows that it has found, one
-that no longer fits is left out, and a row says so; a part that brings the GPU's context down takes no other with it.
+that no longer fits is left out, and a row says so; a part that brings the GPU's context down takes no other with it. SIGTERM,
+SIGHUP and SIGINT end the part at work, too: what it has found is written, a report is not.
 
 results.json and results.csv are written whenever a part has found rows, so the headline's ratio (case lora/R1, metric speedup)
 is on the disk a minute or two after the start; log.txt has what the parts said; report.html and plots.tar.gz come last. These
@@ -40,10 +41,12 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -97,10 +100,43 @@ LARGEST = 16e6
 """Bytes that a file may have."""
 
 
+class Stopped(BaseException):
+    """A signal asked for the end of it all; its name. No `except Exception` on the way out holds it up."""
+
+
+@contextmanager
+def signals_raised() -> Iterator[None]:
+    """Inside, the first signal that asks for the end raises Stopped, so that the part at work is ended and its rows are
+    written; further ones are ignored meanwhile. What is ignored already stays so, as nohup wants it."""
+    asking = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    numbers = [number for number in asking if signal.getsignal(number) is not signal.SIG_IGN]
+
+    def stop(number: int, frame: object) -> None:
+        for one in numbers:
+            signal.signal(one, signal.SIG_IGN)
+        raise Stopped(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(argv: Sequence[str]) -> int:
     arguments = parser().parse_args(argv)
     if arguments.part:
         return run_part(arguments)
+    try:
+        with signals_raised():
+            return run_parts(arguments)
+    except Stopped as stopped:
+        print(f"bench/full_size.py: stopped by {stopped}; what was found until then is in {arguments.out}", file=sys.stderr)
+        return 128 + signal.Signals[str(stopped)]
+
+
+def run_parts(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
     refused = refusal("bench/full_size.py")
     if refused:
@@ -192,8 +228,8 @@ def measure(
     with (arguments.out / "log.txt").open("a", encoding="utf-8") as log:
         log.write(f"\n==== {part.name}, at most {limit:.0f} s\n")
         log.flush()
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         why, known = "", 0
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             while process.poll() is None and not why:
                 if time.monotonic() - begun > limit:
@@ -207,14 +243,12 @@ def measure(
                     pass
             if process.returncode:
                 why = f"its process ended with {process.returncode}, see log.txt"
-        finally:  # with what it started, compilers among them; at the first signal it writes its last rows
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                    os.killpg(process.pid, number)
-                    process.wait(timeout=2.0)
-            process.wait()
-    rows = saved(file)
-    file.unlink(missing_ok=True)
+        finally:  # with what it started, compilers among them; at the first signal it writes its last rows. By Stopped too
+            end(process)
+            rows = saved(file)
+            tell(rows)
+            for left_over in (file, file.with_suffix(".new")):
+                left_over.unlink(missing_ok=True)
     seconds = time.monotonic() - begun
     if why:
         rows.append(failed(part.suite, part.name, "ours", "part_seconds", "s", why))
@@ -223,8 +257,18 @@ def measure(
     return rows
 
 
+def end(process: subprocess.Popen[Any]) -> None:
+    """Ends a part and what it started, compilers among them; at the first signal it writes its last rows."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, number)
+            process.wait(timeout=2.0)
+    process.wait()
+
+
 def run_part(arguments: argparse.Namespace) -> int:
     """Inside a part's process: its rows go to `<name>.part` as they are found."""
+    threading.Thread(target=end_when_alone, args=(os.getppid(), arguments.until), daemon=True).start()
     import torch
     from rich.console import Console
 
@@ -248,6 +292,14 @@ def run_part(arguments: argparse.Namespace) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # libraries' threads can abort an ordinary exit, and all is written
+
+
+def end_when_alone(parent: int, until: float) -> None:
+    """Ends this process and the compilers that it started when nobody is left to do it: its parent has been killed, or did not
+    stop it in time."""
+    while os.getppid() == parent and time.monotonic() < until + 3 * LOOKING:
+        time.sleep(LOOKING)
+    os.killpg(os.getpid(), signal.SIGKILL)
 
 
 def rows_of(part: Part, options: Options, until: float) -> Iterable[Row]:
@@ -280,14 +332,20 @@ def saved(file: Path) -> list[Row]:
 
 
 def report(out: Path) -> None:
-    """report.html, and the plots that it shows in one archive; then no file is larger than LARGEST."""
+    """report.html, and the plots that it shows in one archive; then no file is larger than LARGEST. Drawn elsewhere, so that
+    whatever ends this leaves no plots beside the results."""
     try:
-        from bench.report.page import PLOTS, write_report
+        from bench.report.page import FILE, PLOTS, write_report
+        from bench.results import FILE as RESULTS
 
-        write_report(out)
-        with tarfile.open(out / f"{PLOTS}.tar.gz", "w:gz") as archive:
-            archive.add(out / PLOTS, PLOTS)
-        shutil.rmtree(out / PLOTS)
+        with tempfile.TemporaryDirectory() as folder:
+            drawn, archive = Path(folder), f"{PLOTS}.tar.gz"
+            shutil.copy(out / RESULTS, drawn)
+            write_report(drawn)
+            with tarfile.open(drawn / archive, "w:gz") as packed:
+                packed.add(drawn / PLOTS, PLOTS)
+            for name in (FILE, archive):
+                shutil.copy(drawn / name, out)
     except Exception as error:
         print(f"no report.html: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     log = out / "log.txt"

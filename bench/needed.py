@@ -7,23 +7,27 @@ dependency to pyproject.toml names it here: a test compares the two lists.
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 
 @dataclass(frozen=True)
 class Package:
     """name: on PyPI. module: what is imported. brought: the GPU machine does not have it, it comes as a wheel. needed: nothing
-    runs without it; else what is lost without it is said in the rows."""
+    runs without it; else what is lost without it is said in the rows. least: the oldest version that does, where the GPU
+    machine may have an older one, with which the run would end in the middle of an import."""
 
     name: str
     module: str
     brought: bool = False
     needed: bool = True
+    least: str = ""
 
 
 PACKAGES = (
     Package("torch", "torch"),
-    Package("transformers", "transformers"),
+    Package("transformers", "transformers", least="5.10.2"),  # older ones take the folder kernels/ for a package
     Package("peft", "peft"),
     Package("safetensors", "safetensors"),
     Package("accelerate", "accelerate"),
@@ -36,7 +40,7 @@ PACKAGES = (
     Package("pydantic-core", "pydantic_core", brought=True),
     Package("annotated-types", "annotated_types", brought=True),
     Package("typing-inspection", "typing_inspection", brought=True),
-    Package("typing-extensions", "typing_extensions", brought=True),  # it has an older one than pydantic may want
+    Package("typing-extensions", "typing_extensions", brought=True, least="4.16.0"),  # pydantic 2.14
     Package("diffusers", "diffusers", brought=True),
     Package("tomli-w", "tomli_w", brought=True),
     Package("triton", "triton", needed=False),
@@ -61,11 +65,29 @@ def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+def outdated() -> dict[str, str]:
+    """Module of PACKAGES -> what is wrong with its version. A package without metadata is taken as it is."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            here = version(package.name) if package.least else ""
+        except PackageNotFoundError:
+            continue
+        if numbers(here) < numbers(package.least):
+            found[package.module] = f"{package.module} is {here}, needs {package.least} or newer"
+    return found
+
+
+def numbers(release: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", release)[:3]]
+
+
 def refusal(script: str) -> str:
-    """One line that names what is missing and what to do; empty: nothing is missing."""
-    lost = absent(needed=True)
-    if not lost:
+    """One line that names what is missing or too old and what to do; empty: all is there."""
+    lost, old = absent(needed=True), outdated()
+    if not lost and not old:
         return ""
-    names = " ".join(package.name for package in PACKAGES if package.module in lost)
-    return (f"{script}: {', '.join(lost)} not installed: `python -m pip install -c constraints.txt {names}`, or on a machine "
-            "without a network wheels, as bench/full_size.py says at its top")
+    said = [f"{', '.join(lost)} not installed"] * bool(lost) + list(old.values())
+    names = " ".join(package.name for package in PACKAGES if package.module in [*lost, *old])
+    return (f"{script}: {'; '.join(said)}: `python -m pip install -c constraints.txt {names}`, or on a machine without a "
+            "network wheels, as bench/full_size.py says at its top")

@@ -8,16 +8,19 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import first_run, needed
 from bench.suites import first_stages
+from dopsd_kernels import pair_linear
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = {"cpu_flash"}
 """Of attention, those that a CPU has."""
+USUAL = [name for name in first_run.STAGES if name not in first_run.ON_REQUEST]
 
 
 def lines(out: Path) -> list[dict]:
@@ -29,15 +32,17 @@ def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("first") / "out"
     command = [sys.executable, str(ROOT / "bench" / "first_run.py"), str(out), "--device", "cpu"]
     environment = os.environ | {"QUICK": "1", "OMP_NUM_THREADS": "1"}
+    began = time.monotonic()
     done = subprocess.run(command, env=environment, cwd=out.parent, capture_output=True, text=True, timeout=600)
+    taken = time.monotonic() - began
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return out, lines(out), done.stdout
+    return out, lines(out), done.stdout, taken
 
 
 def test_every_stage_has_its_rows_and_none_failed(whole):
-    out, rows, printed = whole
+    out, rows, printed, _ = whole
     assert [json.loads(line) for line in printed.splitlines() if line.startswith("{")] == rows
-    assert [row["name"] for row in rows if row["stage"] == "done"] == list(first_run.STAGES)
+    assert [row["name"] for row in rows if row["stage"] == "done"] == USUAL
     assert not [row for row in rows if {"failed", "left_out"} & set(row)] and rows[-1]["failures"] == 0
     numbers = [value for row in rows for item in row.values() for value in (item if isinstance(item, list) else [item])]
     assert all(math.isfinite(value) for value in numbers if isinstance(value, float)) and not {"nan", "inf"} & set(
@@ -47,15 +52,22 @@ def test_every_stage_has_its_rows_and_none_failed(whole):
 
 
 def test_the_first_row_says_where_and_what(whole):
-    _, rows, _ = whole
+    _, rows, *_ = whole
     start = rows[0]
     assert start["stage"] == "start" and start["torch"] == torch.__version__ and start["device"] == "cpu"
     assert {"cpu", "cores", "python", "triton", "transformers", "commit", "missing", "model"} <= set(start)
+    assert start["cudnn"] == torch.backends.cudnn.version() and start["gpu_bytes"] is None
+
+
+def test_the_clock_begins_before_the_imports(whole):
+    """What it does not count, the start of Python and its end, is less than what it counts before its first line."""
+    _, rows, _, taken = whole
+    assert taken - rows[-1]["t"] < rows[0]["t"]
 
 
 def test_what_each_stage_measures(whole):
-    _, rows, _ = whole
-    of = {name: [row for row in rows if row["stage"] == name] for name in first_run.STAGES}
+    _, rows, *_ = whole
+    of = {name: [row for row in rows if row["stage"] == name] for name in USUAL}
     assert of["env"][0]["copy_TBs"] > 0 and of["env"][0]["gemm_TFs"] > 0 and of["env"][0]["launch_us"] > 0
     assert [row["group"] for row in of["gemm"]] == ["qkv", "out", "up", "down"]
     rates = {"base", "base_one_by_one", "folded", "dx_base", "dW_fp32_sums", "lora_triton", "lora_cublas",
@@ -72,7 +84,7 @@ def test_what_each_stage_measures(whole):
 
 
 def test_steps_their_ratio_and_where_their_time_goes(whole):
-    out, rows, _ = whole
+    out, rows, *_ = whole
     steps = {row["stage"]: row for row in rows if "first_seconds" in row}
     assert set(steps) == {"lora", "lora_cublas", "r1", "lora_512", "lora_512_batch4", "full", "full_recompute", "r4"}
     assert all(row["seconds"] > 0 and row["cpu_seconds"] > 0 for row in steps.values())
@@ -131,6 +143,30 @@ def test_a_stage_that_raises_is_a_line_keeps_nothing_and_stops_no_other(quick):
     assert found["after"]["freed"] is True and found["end"]["failures"] == 1
 
 
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(("error", "said"), [(SystemExit(3), "SystemExit: 3"), (Mute(), "Mute")], ids=["exit", "mute"])
+def test_nothing_that_a_stage_raises_ends_the_run(quick, error, said):
+    def stage(run):
+        raise error
+
+    code, rows = quick(stage=stage, after=lambda run: run.say("after"))
+    found = {row["stage"]: row for row in rows}
+    assert code == 1 and found["stage"]["failed"] == said and "after" in found and rows[-1]["failures"] == 1
+
+
+def test_an_interrupt_is_a_line_and_the_end(quick):
+    def stage(run):
+        raise KeyboardInterrupt
+
+    code, rows = quick(stage=stage, after=lambda run: run.say("after"))
+    assert code == 1 and rows[-1]["stage"] == "stopped" and rows[-1]["name"] == "stage"
+    assert rows[-1]["why"] == "interrupted" and "after" not in {row["stage"] for row in rows}
+
+
 def test_a_library_that_fails_hides_no_other(quick, monkeypatch):
     def broken(name, *tensors):
         raise RuntimeError("no plan")
@@ -140,6 +176,68 @@ def test_a_library_that_fails_hides_no_other(quick, monkeypatch):
     found = [row for row in rows if row["stage"] == "attend"]
     assert code == 1 and [row["backend"] for row in found if "failed" in row] == ["cpu_flash"]
     assert {row["backend"] for row in found if "forward" in row} == {"auto", "cpu_flash"}
+
+
+def test_a_backend_of_the_products_takes_no_other_and_no_other_group(quick, monkeypatch):
+    forward, dx = pair_linear.run_forward, []
+
+    def broken(*arguments):
+        if pair_linear._selected == "triton":
+            raise RuntimeError("ptxas failed")
+        return forward(*arguments)
+
+    def rate(run, operations, call, rounds=20):
+        dx.append(operations)
+        if len(dx) == 4:  # the fourth of the first group: dx_base
+            raise torch.OutOfMemoryError("no room")
+        call()
+        return 1.0
+
+    monkeypatch.setattr(pair_linear, "run_forward", broken)
+    monkeypatch.setattr(first_run.Run, "rate", rate)
+    code, rows = quick(gemm=first_stages.gemm)
+    found = [row for row in rows if row["stage"] == "gemm"]
+    lost = [(row["group"], row.get("backend")) for row in found if "failed" in row]
+    assert code == 1 and lost == [("qkv", None), ("out", "triton"), ("up", "triton"), ("down", "triton")]
+    first, *others = [row for row in found if "n" in row]
+    assert {"base", "folded"} <= set(first) and not {"dx_base", "lora_cublas"} & set(first)
+    for row in others:
+        assert {"base", "dx_base", "lora_cublas", "lora_backward_cublas", "dW_fp32_sums"} <= set(row)
+        assert not {"lora_triton", "triton_against_cublas"} & set(row)
+
+
+def test_kernels_after_one_that_fails_are_measured(quick, monkeypatch):
+    def broken(run):
+        raise RuntimeError("no plan")
+
+    monkeypatch.setattr(first_stages, "OPS", ())
+    monkeypatch.setattr(first_stages, "gated_norm_backward", broken)
+    code, rows = quick(ops=first_stages.ops)
+    failed, measured = [row for row in rows if row["stage"] == "ops"]
+    assert code == 1 and failed["op"] == "gated_residual_norm_bwd" and "no plan" in failed["failed"]
+    assert measured["op"] == "adamw_ema, low bits" and measured["us"] > 0
+
+
+def test_a_batch_that_fails_hides_no_other(quick, monkeypatch):
+    def step(run, name, kind, cell):
+        if cell.batch == 1:
+            raise RuntimeError("no plan")
+        run.say(name, seconds=1.0)
+
+    monkeypatch.setattr(first_stages, "our_step", step)
+    code, rows = quick(lora_512=first_stages.lora_512)
+    assert code == 1 and "failed" in rows[1] and "failed" not in rows[2]
+    assert [row["stage"] for row in rows[1:3]] == ["lora_512", "lora_512_batch4"]
+
+
+def test_kernels_are_listed_though_the_parts_of_the_step_are_not_found(quick, monkeypatch):
+    """As of a trace that lacks the step's range."""
+    events = [{"cat": "cpu_op", "name": name, "dur": 1000} for name in ("mm", "mm", "add")]
+    monkeypatch.setattr(first_stages, "traced", lambda *given: events)
+    code, rows = quick(lora=lambda run: first_stages.where_time_goes(run, "lora", SimpleNamespace(step=None, engine=None)))
+    failed, *kernels = [row for row in rows if row["stage"] == "lora"]
+    assert code == 1 and failed["part"] == "breakdown" and "no range" in failed["failed"]
+    assert [(row["kernel"], row["count"], row["ms"]) for row in kernels] == [("mm", 2, 2.0), ("add", 1, 1.0)]
 
 
 def test_when_the_device_is_dead_it_says_so_and_ends(quick, monkeypatch):
@@ -194,9 +292,17 @@ def test_a_stage_that_hangs_is_ended_with_the_process(quick, monkeypatch):
     assert ended == [1] and stopped["name"] == "hangs" and stopped["why"] == "1 s are over"
 
 
-def test_the_stages_fit_ten_minutes():
-    """So that all of them begin if each takes what it is said to need: ten minutes are what one command may take."""
-    assert sum(first_run.STAGES.values()) <= 600
+def test_the_stages_fit_the_minutes():
+    """So that all of them begin if each takes what it is said to need, and the command ends within ten minutes."""
+    minutes = first_run.parser().parse_args(["out"]).minutes
+    assert sum(first_run.STAGES[name] for name in USUAL) <= 60 * minutes < 600
+
+
+def test_a_peer_that_only_the_command_line_names(tmp_path, monkeypatch):
+    peers = []
+    monkeypatch.setenv("QUICK", "1")
+    monkeypatch.setattr(first_stages, "peer_step", lambda run, name: peers.append(name))
+    assert first_run.main([str(tmp_path), "r2", "--device", "cpu"]) == 0 and peers == ["R2"]
 
 
 @pytest.mark.parametrize(("options", "said"), [

@@ -215,7 +215,9 @@ def test_an_untied_number_rounds_to_the_live_one():
     masters = ties(live)
     assert 0.3 < (masters.bfloat16() != live).float().mean() < 0.7  # every second tie rounds away from what is live
     untied = untie_(masters.clone())
-    assert torch.equal(untied.bfloat16(), live)
+    for stored in (torch.bfloat16, torch.float32, torch.float64):
+        assert torch.equal(untied.to(stored).bfloat16(), live)
+    assert not torch.equal(untied.half().bfloat16(), live)  # which rounds back to the middle
     moved = untied != masters
     assert torch.equal(moved, masters.bfloat16() != live)
     assert ((untied - masters).abs() <= masters.abs() * 2**-22).all()

@@ -76,11 +76,17 @@ def gemm(run: Run) -> None:
     size = run.size
     for name, n, k, members in (("qkv", size.width, size.width, 3), ("out", size.width, size.width, 1),
                                 ("up", size.hidden, size.width, 2), ("down", size.width, size.hidden, 1)):
-        run.say("gemm", group=name, n=n, k=k, members=members, unit="TFLOP/s", **product_rates(run, size, n, k, members))
+        found: dict[str, Any] = {}
+        with run.guard("gemm", group=name):
+            product_rates(run, name, n, k, members, found)
+        run.say("gemm", group=name, n=n, k=k, members=members, unit="TFLOP/s", **found)
         run.free()
 
 
-def product_rates(run: Run, size: kernels.Size, n: int, k: int, members: int) -> dict[str, Any]:
+def product_rates(run: Run, group: str, n: int, k: int, members: int, found: dict[str, Any]) -> None:
+    """Each rate goes to `found` as soon as it is measured, so that what raises takes only what comes after it; a backend takes
+    no other."""
+    size = run.size
     r, tokens, teacher_tokens = size.rank, size.sequences * size.length, size.sequences * size.teacher_length
     x, x_t = run.draw(tokens, k), run.draw(teacher_tokens, k)
     w = [run.draw(n, k, scale=k**-0.5) for _ in range(members)]
@@ -89,25 +95,25 @@ def product_rates(run: Run, size: kernels.Size, n: int, k: int, members: int) ->
     wide, both, total = torch.cat(w), torch.cat([x, x_t]), torch.zeros(n, k, device=run.device)
     folded_w, folded_x = run.draw(n * members, k + r * members), run.draw(len(both), k + r * members)
     forward, backward = 2 * len(both) * n * k * members, 2 * tokens * n * k * members
-    found: dict[str, Any] = {
-        "base": run.rate(forward, lambda: both @ wide.t()),
-        "base_one_by_one": run.rate(forward, lambda: [one @ matrix.t() for matrix in w for one in (x, x_t)]),
-        "folded": run.rate(forward, lambda: folded_x @ folded_w.t()),
-        "dx_base": run.rate(backward, lambda: torch.cat(dy, 1) @ wide),
-    }
+    found["base"] = run.rate(forward, lambda: both @ wide.t())
+    found["base_one_by_one"] = run.rate(forward, lambda: [one @ matrix.t() for matrix in w for one in (x, x_t)])
+    found["folded"] = run.rate(forward, lambda: folded_x @ folded_w.t())
+    found["dx_base"] = run.rate(backward, lambda: torch.cat(dy, 1) @ wide)
     forward_call = partial(pair_linear.run_forward, x, x_t, w, w, [], [], a, b, a_t, b_t, scales, scales)
-    results = []
+    results = {}
     with torch.no_grad():
         for backend in ("cublas", "triton"):
-            with products_by(backend):
-                results.append(forward_call())
+            with run.guard("gemm", group=group, backend=backend), products_by(backend):
+                out = forward_call()
+                results[backend] = out[:2]
                 found[f"lora_{backend}"] = run.rate(forward, forward_call)
-                call = partial(pair_linear.run_backward, dy, x, w, a, b, scales, results[0][2], True, False, False, True)
+                call = partial(pair_linear.run_backward, dy, x, w, a, b, scales, out[2], True, False, False, True)
                 found[f"lora_backward_{backend}"] = run.rate(backward, call)
         none = x.new_empty(0)
         call = partial(pair_linear_accumulate, [total], [], [], dy[:1], x, scales[:1], none, none)
         found["dW_fp32_sums"] = run.rate(2 * tokens * n * k, call)
-    return found | {"triton_against_cublas": [relative(*pair) for pair in zip(results[1][:2], results[0][:2])]}
+    if len(results) == 2:
+        found["triton_against_cublas"] = [relative(*pair) for pair in zip(results["triton"], results["cublas"])]
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -123,12 +129,10 @@ def attend(run: Run) -> None:
     out, lse = math_forward(q, k, v, None, length)
     exact = (out, *math_backward(dout, q, k, v, out, lse, None, length))
     for name in (name for name in fit if name != "varlen"):  # varlen is flash with packed sequences
-        try:
+        with run.guard("attend", backend=name):  # a library that cannot do it hides no other
             out, grads, _ = attended(name, q, k, v, dout)
             apart = [relative(*pair) for pair in zip((out, *grads), exact)]
             run.say("attend", backend=name, unit="TFLOP/s", error=apart, **dense_rates(run, name))
-        except Exception as error:  # a library that cannot do it hides no other
-            run.fail("attend", error, backend=name)
     quarter = run.size.length * 5 // 17
     more = max(1, quarter // 40)
     lengths = [quarter, quarter + more, quarter - 2 * more, quarter + 2 * more]
@@ -136,12 +140,10 @@ def attend(run: Run) -> None:
     q, k, v = (run.draw(packed.tokens, heads, width) for _ in range(3))
     work = 4 * heads * width * sum(tokens**2 for tokens in lengths)
     for name in ("auto", *fit):
-        try:
+        with run.guard("attend", backend=name, lengths=lengths):
             with torch.no_grad():
                 rate = run.rate(work, partial(attention_fwd, q, k, v, packed.starts, lengths, name))
             run.say("attend", backend=name, lengths=lengths, unit="TFLOP/s", forward=rate)
-        except Exception as error:
-            run.fail("attend", error, backend=name, lengths=lengths)
 
 
 def dense_rates(run: Run, name: str) -> dict[str, float]:
@@ -174,13 +176,13 @@ def ops(run: Run) -> None:
     """Decides which kernels deserve work: the share of the copy's bandwidth that each reaches, for the bytes that it declares,
     and its error beside eager's."""
     for name in OPS:
-        try:
+        with run.guard("ops", op=name):  # a kernel that does not compile hides no other
             run.say("ops", op=name, **speed_and_errors(run, kernels.OPS[name]))
-        except Exception as error:  # a kernel that does not compile hides no other
-            run.fail("ops", error, op=name)
         run.free()
-    gated_norm_backward(run)
-    optimizer(run)
+    for name, measure in (("gated_residual_norm_bwd", gated_norm_backward), ("adamw_ema, low bits", optimizer)):
+        with run.guard("ops", op=name):
+            measure(run)
+        run.free()
 
 
 def speed_and_errors(run: Run, build: Callable[[kernels.Draw], kernels.Op]) -> dict[str, float]:
@@ -287,8 +289,10 @@ def where_time_goes(run: Run, name: str, one: OurStep) -> None:
         if written.stat().st_size > LARGEST:
             run.say(name, left_out=f"{written.name}: {written.stat().st_size / 1e6:.0f} MB")
             written.unlink()
-    found = break_down(events)
-    run.say(name, kernels=found.kernels, launch_seconds=found.launch, **{f"{part}_s": s for part, s in found.seconds.items()})
+    with run.guard(name, part="breakdown"):  # a trace without the step's range still has its kernels
+        found = break_down(events)
+        seconds = {f"{part}_s": s for part, s in found.seconds.items()}
+        run.say(name, kernels=found.kernels, launch_seconds=found.launch, **seconds)
     sums: dict[str, list[float]] = {}
     for event in events:
         if event.get("cat") == ("kernel" if run.cuda else "cpu_op"):
@@ -327,8 +331,10 @@ def r1(run: Run) -> None:
 
 def lora_512(run: Run) -> None:
     """Decides whether the host's launches are the limit at 512^2 (batch 1), and what a batch of four regains."""
-    our_step(run, "lora_512", "lora", cell_of(run, 512))
-    our_step(run, "lora_512_batch4", "lora", cell_of(run, 512, 4))
+    for name, batch in (("lora_512", None), ("lora_512_batch4", 4)):
+        with run.guard(name):
+            our_step(run, name, "lora", cell_of(run, 512, batch))
+        run.free()
 
 
 def full(run: Run) -> None:
@@ -344,3 +350,8 @@ def full_recompute(run: Run) -> None:
 def r4(run: Run) -> None:
     """The strongest peer, compiled: the ratio that must not be hidden."""
     peer_step(run, "R4")
+
+
+def r2(run: Run) -> None:
+    """What of the published step its encoders are: R1 without them, eager."""
+    peer_step(run, "R2")

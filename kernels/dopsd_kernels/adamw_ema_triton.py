@@ -200,13 +200,27 @@ def _numbers(h: Hyper) -> tuple[float, ...]:
     return shrink, 1 - h.beta1, h.beta2, 1 - h.beta2, second**-0.5, h.eps, -h.lr / first, 1 - h.decay, h.grad_scale
 
 
+def _sent(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A table on `device`. From pageable memory the copy to a GPU would make the host wait until the GPU has finished all that
+    was launched before; from pinned memory it does not, and PyTorch reuses that memory only after the copy has ended."""
+    return torch.tensor(rows, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=8)
+def _addresses(rows: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
+    """The kernel's table of addresses and element counts, built once for tensors that stay where they are: its own content is
+    the key. `stream`: the one that it is copied on, since another stream might read the table before it has arrived."""
+    return _sent(rows, torch.int64, device)
+
+
 def _triton(lists: Sequence[Sequence[Tensor]], hyper: Sequence[Hyper]) -> None:
     theta, theta_low, grads, _, _, ema, ema_low, students, teachers = lists
     device, elements = theta[0].device, tuple(t.numel() for t in theta)
     columns = [[t.data_ptr() for t in tensors] or [0] * len(theta) for tensors in lists]
     aligned = all(address % 16 == 0 for column in columns for address in column)
-    addresses = torch.tensor([*columns, elements]).t().contiguous().to(device)
-    numbers = torch.tensor([_numbers(h) for h in hyper], dtype=torch.float32).to(device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    addresses = _addresses(tuple(zip(*columns, elements)), device, stream)
+    numbers = _sent([_numbers(h) for h in hyper], torch.float32, device)
     chunks = _chunks(elements, device)
     launch(adamw_ema_kernel, (len(chunks),), addresses, numbers, chunks, GRAD=_kind(grads),
            THETA_HALVES=bool(theta_low), EMA=bool(ema), EMA_HALVES=bool(ema_low), STUDENT=_kind(students),
@@ -231,8 +245,9 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 def untie_(x: Tensor) -> Tensor:
     """Changes fp32 `x` in place so that rounding to nearest, ties to even, as every cast does it, gives the upper half that
     `split` gives: of numbers halfway between two bf16 numbers, those that a cast would round towards 0 become the next fp32
-    number away from 0 (2^-16 of a bf16 step). What is exported of masters that are kept as low bits then is the live weight,
-    in whatever type it is stored."""
+    number away from 0 (2^-16 of a bf16 step). What is exported of masters that are kept as low bits then is the live weight
+    once it is read as bf16, if it is stored in bf16, fp32 or float64. fp16 has only three bits more than bf16: it rounds such a
+    number back to the middle."""
     for piece in x.view(-1).view(torch.int32).split(_PIECE):
         piece += (piece & 0x1FFFF) == 0x8000
     return x

@@ -201,6 +201,39 @@ def test_declared_cost() -> None:
     assert cost.elementwise_bytes == 5005 * (4 * 8 + 3 * 2) + tables
 
 
+def test_the_table_of_addresses_is_built_again_only_for_tensors_that_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables: list[tuple[Tensor, Tensor]] = []
+    monkeypatch.setattr(adamw_ema_triton, "launch", lambda kernel, grid, *given, **options: tables.append(given[:2]))
+    lists = {key: [torch.zeros(n, device=DEVICE) for n in (5, 5000)] for key in ("theta", "grads", "exp_avg", "exp_avg_sq")}
+    with backend.forced("triton"):
+        for step in (1, 2, 3):
+            if step == 3:
+                lists["grads"][1] = torch.zeros(5000, device=DEVICE)
+            adamw_ema(hyper=numbers(step, 2), **lists)
+    (first, early), (second, late), (third, _) = tables
+    assert second is first and not torch.equal(late, early)  # the numbers are those of the step
+    expected = [[0] * 10 for _ in range(2)]
+    for column, key in ((0, "theta"), (2, "grads"), (3, "exp_avg"), (4, "exp_avg_sq")):
+        for row, tensor in zip(expected, lists[key]):
+            row[column], row[9] = tensor.data_ptr(), tensor.numel()
+    assert third.tolist() == expected and first.tolist()[0] == expected[0] and first.tolist()[1] != expected[1]
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs GPU")
+    lists = {key: [torch.zeros(n, device="cuda") for n in (5, 5000)] for key in ("theta", "grads", "exp_avg", "exp_avg_sq")}
+    adamw_ema(hyper=numbers(1, 2), **lists)  # compiles the kernel
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        adamw_ema(hyper=numbers(2, 2), **lists)
+        lists["grads"] = [torch.zeros_like(grad) for grad in lists["grads"]]  # elsewhere
+        adamw_ema(hyper=numbers(3, 2), **lists)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_no_tensors() -> None:
     adamw_ema([], [], [], [], [])
 
