@@ -230,18 +230,18 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         prog="python -m dopsd_fast.convert", allow_abbrev=False,
         description="Writes the student or the teacher of a checkpoint as other programs load it: a complete pipeline folder, "
         "or for adapter.kind=lora the adapter's folder. Needs no GPU; one tensor is in memory at a time.",
-    )  # fmt: skip
+    )
     parser.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN", help="RUN/checkpoints/step-000100, or RUN: its latest one")
     parser.add_argument("out", metavar="OUT", help="folder to write; new or empty, unless --overwrite")
     parser.add_argument("--which", choices=("student", "teacher", "both"), default="student",
-                        help="both writes OUT/export and OUT/export_teacher (default: student)")  # fmt: skip
+                        help="both writes OUT/export and OUT/export_teacher (default: student)")
     parser.add_argument("--model", metavar="PATH", default="",
-                        help="the pipeline folder that was trained, where the run's model.path is no longer right")  # fmt: skip
+                        help="the pipeline folder that was trained, where the run's model.path is no longer right")
     parser.add_argument("--max-shard-size", metavar="SIZE", type=_size, default=0,
                         help="write the weights as files of at most SIZE (5GB, 500MB) with an index, as diffusers does "
-                        "(default: the source's files)")  # fmt: skip
+                        "(default: the source's files)")
     parser.add_argument("--dtype", choices=tuple(STORED), default="source",
-                        help="type of the stored weights (default: as in the source; LoRA: fp32)")  # fmt: skip
+                        help="type of the stored weights (default: as in the source; LoRA: fp32)")
     parser.add_argument("--overwrite", action="store_true", help="replace the export in OUT, once the new one is complete")
     return parser.parse_args(argv)
 

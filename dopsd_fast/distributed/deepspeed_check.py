@@ -28,17 +28,17 @@ def check_world(settings: Settings, world: int, device_type: str) -> None:
     batch = s.train.batch_size * s.train.accumulation * world
     if given.get(path, batch) != batch:
         raise UserError(f"{shown(path, given[path])} contradicts train.batch_size={s.train.batch_size} x train.accumulation="
-                        f"{s.train.accumulation} x {world} ranks = {batch}: leave it out")  # fmt: skip
+                        f"{s.train.accumulation} x {world} ranks = {batch}: leave it out")
     path = "zero_optimization.zero_hpz_partition_size"
     near = int(given.get(path, 1))
     if near > 1 and (near > world or world % near):
         fits = ", ".join(str(n) for n in range(2, world + 1) if world % n == 0) or "none"
         raise UserError(f"{shown(path, near)} must divide the {world} rank(s) of deepspeed.stage=3 (the ranks of a node, "
-                        f"usually): {fits} would")  # fmt: skip
+                        f"usually): {fits} would")
     for key in ("zero_quantized_weights", "zero_quantized_gradients"):
         if given.get(f"zero_optimization.{key}") and device_type == "cpu":
             raise UserError(f"{shown(f'zero_optimization.{key}', True)} needs DeepSpeed's CUDA kernels, the ranks run on the "
-                            "CPU: leave it out here")  # fmt: skip
+                            "CPU: leave it out here")
     if quantizes_gradients(s):
         from deepspeed.accelerator import get_accelerator
 
@@ -46,7 +46,7 @@ def check_world(settings: Settings, world: int, device_type: str) -> None:
         if world <= near or world % near:
             path = "zero_optimization.zero_quantized_gradients"
             raise UserError(f"{shown(path, True)} quantises between nodes, {world} rank(s) of deepspeed.stage=3 with {near} "
-                            "device(s) a node are not several whole ones: leave it out")  # fmt: skip
+                            "device(s) a node are not several whole ones: leave it out")
 
 
 class _Asked(dict):  # type: ignore[type-arg]

@@ -108,7 +108,7 @@ def _zeros(tensor: Tensor) -> Any:
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0,
-               is_causal: bool = False, scale: float | None = None, **_: Any) -> Tensor:  # fmt: skip
+               is_causal: bool = False, scale: float | None = None, **_: Any) -> Tensor:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )[0]
@@ -131,7 +131,7 @@ def meta_pair(family: Family, settings: Settings) -> Pair:
     without = SimpleNamespace(
         name=family.name, lora_targets=family.lora_targets, pair_forward=family.pair_forward, velocity=family.velocity,
         load_transformer=lambda dtype: nn.Module.to(model, dtype).requires_grad_(True),
-    )  # fmt: skip
+    )
     dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
     return build_pair(without, settings, dtype)  # type: ignore[arg-type]
 
@@ -188,7 +188,7 @@ def _states(family: Family, settings: Settings, shapes: Shapes, pair: Pair, stat
                 latents=latents[1] if objective.needs_latents else None,
                 times=torch.empty(batch, device="meta") if objective.needs_times else None,
                 second_noise=latents[0] if objective.draws else None,
-            )  # fmt: skip
+            )
             objective.accumulate(inputs, backward)
         peak = live.peak
         del inputs

@@ -29,7 +29,7 @@ ALL_REDUCE = 500_000_000
 """Elements after which DeepSpeed's plain data parallelism (stage 0) ends a bucket."""
 
 KINDS = ("weights", "gathered weights", "gather buffers", "masters", "moments", "EMA", "gradients", "reduce buffers",
-         "activations for backward", "working memory", "transfer buffers", "CUDA context", "Python and libraries")  # fmt: skip
+         "activations for backward", "working memory", "transfer buffers", "CUDA context", "Python and libraries")
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def sizes_of(family: Family, settings: Settings) -> Sizes:
         swept,
         sum(p.numel() for name, p in pair.student.named_parameters() if ".lora_" not in name),
         summed, pair.fused is not None,
-    )  # fmt: skip
+    )
 
 
 def _opened(module: torch.nn.Module) -> list[torch.nn.Module]:

@@ -87,10 +87,10 @@ class Plan:
         host = "" if m.host_bytes is None else (
             f"{m.host_bytes / GB:.1f} GB a node, of which {m.ranks_per_node} rank{'s' * (m.ranks_per_node > 1)} "
             f"need{'s' * (m.ranks_per_node == 1)} {self.host_peak * m.ranks_per_node / GB:.1f}"
-        )  # fmt: skip
+        )
         given = ", ".join(part for part in (device, host) if part)
         lines.append(f"a step: {self.gathers_per_step:.2f} gathers of the whole model, {self.gathered_bytes / GB:.2f} GB "
-                     f"gathered and {self.reduced_bytes / GB:.2f} GB reduced by a rank")  # fmt: skip
+                     f"gathered and {self.reduced_bytes / GB:.2f} GB reduced by a rank")
         lines.append((f"fits ({given})" if self.fits else f"does not fit ({given}): {self.advice}") if given else "")
         return [line for line in lines if line]
 
@@ -154,7 +154,7 @@ class Planner:
         shapes = self.shapes or self._once(wanted, lambda: largest_shapes(self.family, settings))
         key = ["activations", machine.kind, shapes, settings.adapter, settings.method, settings.teacher.kind,
                settings.backbone, gather, traced.precision, traced.activations, traced.batch_size, traced.accumulation > 1,
-               traced.fp8]  # fmt: skip
+               traced.fp8]
         activations = self._once(key, lambda: measure(self.family, settings, shapes, gather, machine.kind))
         zero = deepspeed_config(settings).get("zero_optimization", {})
         run = Run(settings, machine, sizes, activations, gather, zero)

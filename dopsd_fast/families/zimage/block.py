@@ -134,7 +134,7 @@ def _enter(side: Side, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return side.x, z, rstd.new_empty(0), rstd
     return gated_residual_norm_fwd(
         side.x, side.h, w["before"], side.gate, w["attention_norm1"], side.modulation.scale_attention, index, eps
-    )  # fmt: skip
+    )
 
 
 def _rotate(qkv: Tensor, side: Side, call: BlockCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,7 +157,7 @@ def _leave(side: Side, r1: Tensor, a: Tensor, eps: float) -> tuple[Tensor, Tenso
     return gated_residual_norm_fwd(
         r1, a, w["attention_norm2"], side.modulation.gate_attention, w["ffn_norm1"],
         side.modulation.scale_feed_forward, index, eps,
-    )  # fmt: skip
+    )
 
 
 def _forward(call: BlockCall, s: Side, t: Side | None) -> tuple[Kept, Tensor, Tensor | None, Tensor | None]:
@@ -192,7 +192,7 @@ class BlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: BlockCall, weights: Weights, teacher: Side | None, x: Tensor, h: Tensor | None,
                 gate: Tensor | None, scale_attention: Tensor | None, gate_attention: Tensor | None,
-                scale_feed_forward: Tensor | None, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:  # fmt: skip
+                scale_feed_forward: Tensor | None, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
         modulation = Modulation(scale_attention, gate_attention, scale_feed_forward)
         side = Side(x, h, gate, modulation, call.packed, weights)
         kept, h_next, r2_t, h_t = _forward(call, side, teacher)
@@ -243,7 +243,7 @@ def _restored(call: BlockCall, side: Side, saved: Sequence[Tensor | None]) -> Ke
 def _backward(
     call: BlockCall, side: Side, kept: Kept, dr2: Tensor | None, dh: Tensor | None, needs: dict[str, bool],
     wanted: Sequence[bool], dtypes: Sequence[torch.dtype | None],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:
     """Gradients of (x, h, gate, the modulation's three), which have `dtypes`, and of the parameters in `Weights.flat`'s
     order."""
     weights, sequences = side.weights, call.packed.sequences
@@ -282,7 +282,7 @@ def _backward(
         dr2, dz, kept.a, kept.r2, weights.norms["attention_norm2"], side.modulation.gate_attention,
         weights.norms["ffn_norm1"], side.modulation.scale_feed_forward, kept.rstd_a, kept.rstd_2, index, chunks,
         norm_wanted, modulated, True,
-    )  # fmt: skip
+    )
     norm_grads |= {"attention_norm2": norm2, "ffn_norm1": ffn1}
     onto("up", dup, z, kept.xa_up, q)
     del dgu, dup, dz, z
@@ -294,12 +294,12 @@ def _backward(
     dq, dk, dv = attention_bwd(
         dattended.view_as(query), query, key, value, kept.attended.view_as(query), kept.lse, sequences.starts,
         list(sequences.lengths), call.attention,
-    )  # fmt: skip
+    )
     del query, key, value, dattended
     dqk, norm_grads["norm_q"], norm_grads["norm_k"] = qk_norm_rope_bwd(
         dq, dk, kept.qkv, weights.norms["norm_q"], weights.norms["norm_k"], call.packed.cos, call.packed.sin,
         call.heads, call.qk_eps, norm_wanted,
-    )  # fmt: skip
+    )
     del dq, dk
     width = dqk.shape[1] // 2
     dqkv = [dqk[:, :width], dqk[:, width:], dv.flatten(1)]
@@ -310,13 +310,13 @@ def _backward(
     if side.h is None:
         dx, norm1, dscale, z = rmsnorm_modulate_bwd(
             dz, side.x, weights.norms["attention_norm1"], scale, kept.rstd_1, index, chunks, norm_wanted, modulated, True
-        )  # fmt: skip
+        )
         dx = dx.add_(dr1)
     else:
         dx, dh_before, norm_grads["before"], dgate, norm1, dscale, z = gated_residual_norm_bwd(
             dr1, dz, side.h, kept.r1, weights.norms["before"], side.gate, weights.norms["attention_norm1"], scale,
             kept.rstd_h, kept.rstd_1, index, chunks, norm_wanted, modulated, True,
-        )  # fmt: skip
+        )
     norm_grads["attention_norm1"] = norm1
     onto("qkv", dqkv, z, kept.xa_qkv, q)
 

@@ -135,7 +135,7 @@ class Exit(Unit):
     """Image tokens to velocities."""
 
     def forward(self, branch: Branch, x: Tensor, h: Tensor | None, gate: Tensor | None, c: Tensor, sequences: Sequences,
-                eps: float) -> Tensor:  # fmt: skip
+                eps: float) -> Tensor:
         """x, h `[B * N, D]`, the image tokens without padding -> `[B * N, 4 C]`."""
         if h is not None:
             x = gated_residual_norm(x, h, self.part(branch, "before").weight, gate, None, None, sequences, eps)[0]
@@ -150,7 +150,7 @@ class ZImagePair(nn.Module):
 
     def __init__(self, modules: dict[Branch, Any], adapters: dict[Branch, str], activations: str = "keep",
                  attention: str = "auto", fp8: str = "off",
-                 check_tokens: Callable[[int], None] = lambda tokens: None) -> None:  # fmt: skip
+                 check_tokens: Callable[[int], None] = lambda tokens: None) -> None:
         super().__init__()
         model = next(iter(modules.values()))
         self.config, self.embed_positions = model.config, model.rope_embedder
@@ -174,7 +174,7 @@ class ZImagePair(nn.Module):
             return nn.ModuleList(blocks)
 
         self.entry = unit(Entry, embedder=lambda m: m.all_x_embedder[key], pad=lambda m: m.x_pad_token,
-                          time=lambda m: m.t_embedder)  # fmt: skip
+                          time=lambda m: m.t_embedder)
         self.captions = unit(Captions, embedder=lambda m: m.cap_embedder, pad=lambda m: m.cap_pad_token)
         self.noise_refiner, self.context_refiner = stack("noise_refiner"), stack("context_refiner")
         self.layers = stack("layers")
@@ -193,7 +193,7 @@ class ZImagePair(nn.Module):
         found = [choose_attention(parameter.device, parameter.dtype, head_dim, equal) for equal in (True, False)]
         attention = self.attention if self.attention != "auto" else " or ".join(dict.fromkeys(found))
         return {"activations": self.activations, "attention": attention, "fp8": self.fp8.which if self.fp8 else "off",
-                "ops": choose(parameter, native=native_ops.usable(parameter))}  # fmt: skip
+                "ops": choose(parameter, native=native_ops.usable(parameter))}
 
     def summed_parameters(self, branch: Branch) -> list[Tensor]:
         """The blocks' own parameters, whose gradients `forward` can put into `sums`."""
@@ -219,7 +219,7 @@ class ZImagePair(nn.Module):
     # ---- once per step -----------------------------------------------------------------------------------------------
 
     def prepare(self, branches: Sequence[Branch], contexts: Sequence[Sequence[Context]], layouts: Sequence[Layout],
-                    dtype: torch.dtype) -> list[Tensor]:  # fmt: skip
+                    dtype: torch.dtype) -> list[Tensor]:
         """Refined caption tokens of each branch; they depend on neither the time nor the latents."""
         out: list[Tensor] = []
         for i, (branch, ours, layout) in enumerate(zip(branches, contexts, layouts)):
@@ -251,7 +251,7 @@ class ZImagePair(nn.Module):
         return Layout(
             self._packed(image, device), self._packed(caption, device), self._packed(joint, device),
             Sequences([tokens] * len(contexts), device), tokens,
-        )  # fmt: skip
+        )
 
     def _packed(self, positions: list[Tensor], device: torch.device) -> Packed:
         rotation = self.embed_positions(torch.cat(positions).to(device))
@@ -260,7 +260,7 @@ class ZImagePair(nn.Module):
     # ---- once per state ----------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, t: Tensor, branches: Sequence[Branch], captions: Sequence[Tensor], layouts: Sequence[Layout],
-                sums: GradientSums | None = None, tape: Tape | None = None) -> tuple[Tensor, ...]:  # fmt: skip
+                sums: GradientSums | None = None, tape: Tape | None = None) -> tuple[Tensor, ...]:
         """v `[B, C, h, w]` of each branch at x `[B, C, h, w]` (the model's dtype), t `[B]`; only the first carries gradient.
         sums: takes the gradients of the blocks' parameters. tape: the graph ends at `exit`, and what lies before it waits
         there, unit by unit of `state_path`."""
@@ -286,10 +286,10 @@ class ZImagePair(nn.Module):
 
     def _blocks(self, blocks: nn.ModuleList, branches: Sequence[Branch], tokens: Sequence[Tensor],
                 times: Sequence[Tensor | None], packed: Sequence[Packed], sums: GradientSums | None,
-                tape: Tape | None) -> list[Any]:  # fmt: skip
+                tape: Tape | None) -> list[Any]:
         """(x, h, gate) of each branch after the blocks; h and gate are None where there is no block."""
         call = BlockCall(packed[0], packed[1] if len(packed) > 1 else None, self.config.n_heads, self.config.norm_eps,
-                    QK_EPS, self.activations, self.attention, sums, self.fp8)  # fmt: skip
+                    QK_EPS, self.activations, self.attention, sums, self.fp8)
         state: list[Any] = [self._traced(tokens[0]), None, None]
         if len(branches) > 1:
             state += [tokens[1], None, None]
@@ -310,7 +310,7 @@ class ZImagePair(nn.Module):
 
     def _stack(self, blocks: nn.ModuleList, close: Close, branches: Sequence[Branch], tokens: Sequence[Tensor],
                times: Sequence[Tensor | None], packed: Sequence[Packed],
-               sums: GradientSums | None = None, tape: Tape | None = None) -> list[Tensor]:  # fmt: skip
+               sums: GradientSums | None = None, tape: Tape | None = None) -> list[Tensor]:
         state = self._blocks(blocks, branches, tokens, times, packed, sums, tape)
         if not len(blocks):
             return list(tokens)
