@@ -1,4 +1,8 @@
-"""None"""
+"""The samples of an epoch: which records make up each batch, with which prompt and which noise.
+
+Everything here is a function of (seed, epoch, record, repeat) and never of rank, world size or batch layout, so that a run
+draws the same samples on any number of ranks.
+"""
 
 from __future__ import annotations
 

@@ -110,8 +110,8 @@ class Pair(nn.Module):
         return self(x, t, call=lambda x, t: self.velocity(self.student, x, t, contexts))
 
     def teacher_velocity(self, x: Tensor, t: Tensor, contexts: Sequence[Context]) -> Tensor:
-        """Returns v_t, shaped as x, without gradient. It does not go through `forward`: ZeRO-3's trace must be the sequence that
-        repeats, which runs from one call of the student to the next and has the teacher's call inside it."""
+        """Returns v_t, shaped as x, without gradient. It does not go through `forward`: ZeRO-3's trace must be the sequence
+        that repeats, which runs from one call of the student to the next and has the teacher's call inside it."""
         return self._alone(TEACHER, x, t, contexts)
 
     @contextmanager
