@@ -1,7 +1,7 @@
 """The samples of an epoch: which records make up each batch, with which prompt and which noise.
 
-Everything here is a function of (seed, epoch, record, repeat) and never of rank, world size or batch layout, so that a run
-draws the same samples on any number of ranks.
+Everything random here is a function of (seed, epoch, record, repeat), never of rank or world size, so that any number of ranks
+draws the same samples.
 """
 
 from __future__ import annotations
