@@ -180,7 +180,7 @@ class Planner:
 
     def advice(self, settings: Settings) -> str:
         """Returns a line with the smallest set of changes that makes the run fit, written as on the command line. Among sets of
-        one size, it takes the least harmful. Where no four changes are enough, the line says what else would be."""
+        one size, it takes the least harmful. Where not even four are enough, the line says what would be."""
         changes = list(_changes(settings, self.machine))
         for count in range(1, 5):
             for chosen in combinations(changes, count):
