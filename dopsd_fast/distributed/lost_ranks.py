@@ -176,7 +176,7 @@ class RankWatch:
         if not self.others:
             return
         self.folder = folder / "ranks"
-        with contextlib.suppress(OSError):  # a full disk is reported by what must be written
+        with contextlib.suppress(OSError):  # the run itself reports a full disk where it must write
             self.folder.mkdir(exist_ok=True)
             self._write(asdict(self.everyone[self.rank]))
             for file in self.folder.glob("*.json*") if self.rank == 0 else ():
@@ -267,7 +267,7 @@ class RankWatch:
                 file = self.folder / f"{process.rank:04}.json"
                 with contextlib.suppress(OSError, ValueError, KeyError):
                     content = json.loads(file.read_text(encoding="utf-8"))
-                    if (content["pid"], content["started"]) == (process.pid, process.started):  # the file is of this run
+                    if (content["pid"], content["started"]) == (process.pid, process.started):  # an earlier run's file differs
                         found = content["end"]
             if not found:
                 return None

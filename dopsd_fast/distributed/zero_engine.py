@@ -241,7 +241,7 @@ class ZeroEngine(Engine):
         self._engine.destroy()
         import deepspeed
 
-        deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's group: a later engine would use it on
+        deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # a later engine would go on using hpZ's group
 
 
 def _gather_of(deepspeed: DeepSpeedSettings) -> str | None:

@@ -272,7 +272,7 @@ class Run:
         filled = total if several or not sizes.summed else sizes.summed
         filling = {"gradients": 4 * filled + (kept if several else 0), "reduce buffers": 4 * bucket}
         ledger.moment("filling the bucket", filling)
-        early = kept if several or sizes.item < 4 else 0  # the partition of fp32 gradients is made after the first reduction
+        early = kept if several or sizes.item < 4 else 0  # fp32 gradients go into the partition after the first reduction
         reducing = {"gradients": waiting + early, "reduce buffers": 4 * (bucket + self.bucket)}
         ledger.moment("reducing gradients", reducing)
         flattened = 4 * part if sizes.item == 4 and not self.offload else 0
