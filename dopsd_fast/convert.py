@@ -69,21 +69,21 @@ def convert(arguments: argparse.Namespace) -> str:
     with ExitStack() as files:
         reader = CheckpointReader(checkpoint, files)
         write = _full if settings.adapter.kind == "full" else _lora
-        plan = write(family, settings, reader, arguments)
+        export = write(family, settings, reader, arguments)
         for branch in branches:
-            plan.check(KINDS[branch])
+            export.check(KINDS[branch])
         with atomic_folder(out, mark=".convert") as folder:
             for branch in branches:
-                plan.write(KINDS[branch], folder / PLACES[branch] if len(branches) > 1 else folder)
+                export.write(KINDS[branch], folder / PLACES[branch] if len(branches) > 1 else folder)
     seconds = time.perf_counter() - started
     places = [str(out / PLACES[branch]) if len(branches) > 1 else str(out) for branch in branches]
     lines = [f"{place}: {branch} of {checkpoint}" for place, branch in zip(places, branches)]
-    return "\n".join([*lines, f"{plan.describe()}, {seconds:.1f} s"])
+    return "\n".join([*lines, f"{export.describe()}, {seconds:.1f} s"])
 
 
 @dataclass
-class _Plan(ABC):
-    """What is to be written: the name and shape of every tensor, in the order in which they are."""
+class _Export(ABC):
+    """Describes and writes an export: the name and shape of every tensor, in the order in which they are written."""
 
     reader: CheckpointReader
     shapes: dict[str, list[int]]
@@ -120,7 +120,7 @@ class _Plan(ABC):
 
 
 @dataclass
-class _FullPlan(_Plan):
+class _FullExport(_Export):
     family: Family
     shards: list[Shard] | None
 
@@ -130,7 +130,7 @@ class _FullPlan(_Plan):
 
 
 @dataclass
-class _LoraPlan(_Plan):
+class _LoraExport(_Export):
     family: Family
     config: Any
     dtype: torch.dtype
@@ -139,16 +139,16 @@ class _LoraPlan(_Plan):
         save_lora(self.family.pipeline_class, dict(self.tensors(kind)), self.config, folder, self.dtype)
 
 
-def _full(family: Family, settings: Settings, reader: CheckpointReader, arguments: argparse.Namespace) -> _Plan:
+def _full(family: Family, settings: Settings, reader: CheckpointReader, arguments: argparse.Namespace) -> _Export:
     stored = source_shards(family.path)
     shards = None
     if arguments.dtype != "source" or arguments.max_shard_size:
         shards = arrange(stored, STORED[arguments.dtype], arguments.max_shard_size)
     shapes = {name: entry["shape"] for shard in shards or stored for name, entry in shard.entries.items()}
-    return _FullPlan(reader, shapes, family.path, settings.train.masters == "low_bits", family, shards)
+    return _FullExport(reader, shapes, family.path, settings.train.masters == "low_bits", family, shards)
 
 
-def _lora(family: Family, settings: Settings, reader: CheckpointReader, arguments: argparse.Namespace) -> _Plan:
+def _lora(family: Family, settings: Settings, reader: CheckpointReader, arguments: argparse.Namespace) -> _Export:
     """Names and shapes from the transformer on the meta device: nothing of the model is read."""
     from dopsd_fast.pair.lora import add_adapters
     from dopsd_fast.pair.student_teacher import STUDENT
@@ -158,7 +158,7 @@ def _lora(family: Family, settings: Settings, reader: CheckpointReader, argument
     config = add_adapters(model, targets, adapter.rank, adapter.alpha, settings.train.seed, [STUDENT])
     shapes = {name.replace(f".{STUDENT}.", "."): list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     dtype = torch.float32 if arguments.dtype == "source" else DTYPES[STORED[arguments.dtype]]
-    return _LoraPlan(reader, shapes, family.path, settings.train.masters == "low_bits", family, config, dtype)
+    return _LoraExport(reader, shapes, family.path, settings.train.masters == "low_bits", family, config, dtype)
 
 
 def _find(path: Path) -> tuple[Path, Path]:
@@ -230,18 +230,18 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         prog="python -m dopsd_fast.convert", allow_abbrev=False,
         description="Writes the student or the teacher of a checkpoint as other programs load it: a complete pipeline folder, "
         "or for adapter.kind=lora the adapter's folder. Needs no GPU; one tensor is in memory at a time.",
-    )  # fmt: skip
+    )
     parser.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN", help="RUN/checkpoints/step-000100, or RUN: its latest one")
     parser.add_argument("out", metavar="OUT", help="folder to write; new or empty, unless --overwrite")
     parser.add_argument("--which", choices=("student", "teacher", "both"), default="student",
-                        help="both writes OUT/export and OUT/export_teacher (default: student)")  # fmt: skip
+                        help="both writes OUT/export and OUT/export_teacher (default: student)")
     parser.add_argument("--model", metavar="PATH", default="",
-                        help="the pipeline folder that was trained, where the run's model.path is no longer right")  # fmt: skip
+                        help="the pipeline folder that was trained, where the run's model.path is no longer right")
     parser.add_argument("--max-shard-size", metavar="SIZE", type=_size, default=0,
                         help="write the weights as files of at most SIZE (5GB, 500MB) with an index, as diffusers does "
-                        "(default: the source's files)")  # fmt: skip
+                        "(default: the source's files)")
     parser.add_argument("--dtype", choices=tuple(STORED), default="source",
-                        help="type of the stored weights (default: as in the source; LoRA: fp32)")  # fmt: skip
+                        help="type of the stored weights (default: as in the source; LoRA: fp32)")
     parser.add_argument("--overwrite", action="store_true", help="replace the export in OUT, once the new one is complete")
     return parser.parse_args(argv)
 

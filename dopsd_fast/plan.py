@@ -3,8 +3,8 @@
     plan = make_plan(settings, Machine.here(world, local_world, device))
     plan.fits, plan.gather, plan.advice, plan.table()
 
-The peak is that of the fullest moment of a run (memory_moments.py): sizes of weights and of what is made of them are counted
-from the model on the meta device, activations are measured there (memory_trace.py). GB = 1e9 bytes.
+A run passes through moments, and the peak is that of the fullest (memory/ledger.py). Weights, gradients and the optimizer's
+tensors are counted from the model on the meta device; activations are measured there (memory/activations.py). GB = 1e9 bytes.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ if all(Path(entry or ".").resolve() != HERE.parent for entry in sys.path):
 # Everything is read from local folders. This keeps the libraries from asking a hub all the same; who sets it keeps the say.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from dopsd_fast.distributed.lost_ranks import LostPeer  # noqa: E402
+from dopsd_fast.distributed.lost_ranks import LostRank  # noqa: E402
 from dopsd_fast.distributed.stopping import StopRequest  # noqa: E402
 from dopsd_fast.errors import AgreedError, UserError, require_platform  # noqa: E402
 from dopsd_fast.settings.load import help_text, load_settings, wants_help  # noqa: E402
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
         from dopsd_fast.run.trainer import train
 
         return train(settings, stop)
-    except LostPeer as error:
+    except LostRank as error:
         if error.speaks:
             complain(str(error))
         return 2

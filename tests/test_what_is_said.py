@@ -247,7 +247,7 @@ def test_the_export_of_low_bits_is_the_live_weight(tmp_path):
 
     name = max(live, key=lambda one: live[one].numel())
     shapes = {name: list(live[name].shape)}
-    plan = convert._FullPlan(lambda *given: masters[name].flatten().clone(), shapes, family.path, True, family, None)
+    plan = convert._FullExport(lambda *given: masters[name].flatten().clone(), shapes, family.path, True, family, None)
     ((_, converted),) = plan.tensors("master")
     assert torch.equal(converted.bfloat16(), live[name])
 

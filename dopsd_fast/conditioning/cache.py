@@ -1,7 +1,8 @@
-"""Contexts and latents, computed once and found again by content.
+"""Caches contexts and latents, so that each is computed once and the frozen encoders need no memory while the model trains.
 
-A key is the hash of everything that decides the value: kind, encoder fingerprint, prompt, and the digests of the
-cropped images. On the disk each value is a file of its own, see store.py.
+A key is the hash of everything that decides the value: its kind, the encoders' fingerprint, the prompt, and the digests of the
+cropped images. So a changed input has another key, and no old value is ever taken for it. On the disk each value is a file of
+its own (see conditioning/store.py).
 """
 
 from __future__ import annotations
@@ -23,23 +24,30 @@ from dopsd_fast.storage.digests import digest
 FORMAT = 1
 Kind = Literal["student", "teacher", "latents"]
 Crop = tuple[Path, int, int]
-"""An image file and the height and width in pixels that it is cropped to."""
+"""(image file, height, width): the file is cropped to this size in pixels."""
 
 
 @dataclass(frozen=True)
 class Request:
+    """The inputs of one value: its kind, the prompt (empty for latents), and the images."""
     kind: Kind
     prompt: str
     crops: tuple[Crop, ...]
 
 
 class ContextCache:
-    """`request` what will be needed, `complete` it, then `get` it, on CPU.
+    """Gives the context or latent of each key. A run first calls `request` for every value that it will need, then `complete`,
+    which computes those that are missing, and then `get` for each value, which is on the CPU.
 
-    policy: "disk" (files in `folder`, shared by ranks and runs), "memory" (each rank computes and keeps its own), "off"
-    (nothing is kept: encoders stay, `get` computes). `barrier` waits for all ranks, which must pass the same keys to
-    `complete`. `progress` wraps the keys that are computed there, to show how far that is. A value is the same whoever
-    computes it, in whatever order.
+    policy: "disk" keeps files in `folder`, which ranks and runs share. "memory" keeps values in this process, so each rank
+        computes its own. "off" keeps nothing: `get` computes each value, and the encoders stay loaded.
+    family: makes the contexts and names their fingerprint.
+    barrier: waits for all ranks. All ranks must pass the same keys to `complete`, because they share the work.
+    progress: wraps the keys that are being computed, to show how many are done.
+    device, dtype: where and in which precision the encoders run.
+    batch_bytes, batch_seconds: how much, or for how long, values are collected before they are flushed to the disk.
+
+    A value does not depend on which rank computes it, nor on the order.
     """
 
     def __init__(
@@ -72,7 +80,8 @@ class ContextCache:
             self._store = ContextStore(Path(folder), batch_bytes, batch_seconds, log)
 
     def request(self, kind: Kind, prompt: str = "", image: Crop | Sequence[Crop] | None = None) -> str:
-        """The key of one value. kind: "student" (prompt), "teacher" (prompt, images) or "latents" (one image)."""
+        """Returns the key of a value and remembers how to compute it. A "student" context needs a prompt, a "teacher" context a
+        prompt and images, "latents" one image."""
         crops: Any = () if image is None else image
         if crops and isinstance(crops[0], str | Path):
             crops = (crops,)
@@ -83,9 +92,10 @@ class ContextCache:
         return key
 
     def complete(self, keys: Iterable[str]) -> int:
-        """Verifies what is there, computes what is missing or damaged, frees the encoders; on disk the ranks share this.
+        """Checks the values that are there, computes those that are missing or damaged, and frees the encoders. With the policy
+        "disk" the ranks share the work, and every rank must call this.
 
-        Returns how many values this rank computed. Killed at any moment, the next call goes on where this one was.
+        Returns how many values this rank computed. After a kill at any moment, the next call goes on where this one was.
         """
         wanted = list(dict.fromkeys(keys))
         if self.policy == "off":
@@ -115,7 +125,8 @@ class ContextCache:
         return len(missing)
 
     def get(self, key: str) -> Context:
-        """The value of a requested key. Computed now if the policy is off, or if its file turns out to be damaged."""
+        """Returns the value of a requested key. It is computed now if the policy is "off", or if its file is damaged. Raises
+        KeyError for a key that was never requested."""
         if key in self._memory:
             return self._memory[key]
         if self._store is not None:
@@ -133,12 +144,13 @@ class ContextCache:
         return context
 
     def release(self) -> None:
-        """Frees the encoders; a later need loads them again."""
+        """Frees the encoders. They are loaded again if a value must be computed later."""
         if self._encoders is not None:
             self._encoders.release()
             self._encoders = None
 
     def _compute_all(self, keys: list[str]):
+        """Yields (key, value), kind by kind, because each kind needs other encoders."""
         for key in self.progress(sorted(keys, key=lambda k: self._requests[k].kind)) if keys else ():
             yield key, self._compute(self._requests[key])
 

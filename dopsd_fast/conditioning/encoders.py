@@ -1,4 +1,4 @@
-"""The frozen encoders of a family, each loaded at its first use."""
+"""Holds the frozen encoders of a family. Each is loaded when it is first used, because a run with a full cache needs none."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dopsd_fast.conditioning.vlm import VisionLanguageEncoder
 
 
 class Encoders:
-    """Tokenizer, text encoder, VAE and what the family's teacher adds, each loaded at its first use.
+    """Tokenizer, text encoder, VAE, and the vision-language encoder of teacher contexts, each loaded when it is first used.
 
-    Every sample is encoded on its own, so a result depends on nothing but its own prompt and images.
+    Every sample is encoded by itself, so that its result depends only on its own prompt and images, and not on the batch.
     """
 
     def __init__(self, family: ContextMaker, device: torch.device, dtype: torch.dtype):
@@ -47,18 +47,20 @@ class Encoders:
         return VisionLanguageEncoder(folder, self.text_encoder, c.min_pixels, c.max_pixels, c.max_vlm_tokens)
 
     def student(self, prompts: list[str]) -> list[Context]:
+        """Returns the student's context of each prompt, on the CPU."""
         return [_stored(self.family.student_context(self, prompt)) for prompt in prompts]
 
     def teacher(self, prompts: list[str], images: list[list[Image.Image]]) -> list[Context]:
+        """Returns the teacher's context of each prompt with its images, on the CPU."""
         pairs = zip(prompts, images, strict=True)
         return [_stored(self.family.teacher_context(self, prompt, pictures)) for prompt, pictures in pairs]
 
     def latents(self, images: list[Image.Image]) -> list[Tensor]:
-        """x_1 of each image: `[C, h, w]` float32 on CPU."""
+        """Returns x_1 of each image, fp32 `[C, h, w]` on the CPU."""
         return [self.family.encode_image(self.vae, image).float().cpu().contiguous() for image in images]
 
     def release(self) -> None:
-        """Frees the models; a later call loads them again."""
+        """Frees the models. A later call loads them again."""
         for part in ("tokenizer", "text_encoder", "vae", "vlm"):
             self.__dict__.pop(part, None)
         gc.collect()

@@ -1,4 +1,8 @@
-"""None"""
+"""The samples of an epoch: which records make up each batch, with which prompt and which noise.
+
+Everything random here is a function of (seed, epoch, record, repeat), never of rank or world size, so that any number of ranks
+draws the same samples.
+"""
 
 from __future__ import annotations
 

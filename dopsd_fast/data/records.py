@@ -49,7 +49,7 @@ class Record:
     index: int
     """Position in Dataset.records."""
     images: list[Path]
-    """Image files: the target first, then the references, in the order in which the data set gives them."""
+    """Image files: the target first, then the reference images, in the order in which the data set gives them."""
     prompts: dict[str, str]
     """Prompt by the name of its field; never empty."""
     size: tuple[int, int] | None

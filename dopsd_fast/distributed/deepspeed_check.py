@@ -1,4 +1,5 @@
-"""What of `deepspeed.config` can only be checked once the ranks are known, and by letting DeepSpeed itself read it."""
+"""Checks those parts of `deepspeed.config` that can only be checked when the number and kind of the ranks are known, or by
+letting DeepSpeed read them."""
 
 from __future__ import annotations
 
@@ -19,26 +20,27 @@ if TYPE_CHECKING:
 
 
 def check_world(settings: Settings, world: int, device_type: str) -> None:
-    """What can only be known once the ranks are: raises UserError for fields that DeepSpeed does not know or cannot read, and
-    for values that `world` ranks on devices of `device_type` ("cuda", "cpu") cannot have. DeepSpeed must have been imported
-    (`init_distributed`). The same on every rank; no collective calls."""
+    """Raises UserError for fields that DeepSpeed does not know or cannot read, and for values that `world` ranks on devices of
+    `device_type` ("cuda", "cpu") cannot have.
+
+    DeepSpeed must have been imported (`init_distributed`). Every rank comes to the same result, without collective calls."""
     s, given = settings, dict(leaves(settings.deepspeed.config))
     _read_by_deepspeed(s)
     path = "train_batch_size"
     batch = s.train.batch_size * s.train.accumulation * world
     if given.get(path, batch) != batch:
         raise UserError(f"{shown(path, given[path])} contradicts train.batch_size={s.train.batch_size} x train.accumulation="
-                        f"{s.train.accumulation} x {world} ranks = {batch}: leave it out")  # fmt: skip
+                        f"{s.train.accumulation} x {world} ranks = {batch}: leave it out")
     path = "zero_optimization.zero_hpz_partition_size"
     near = int(given.get(path, 1))
     if near > 1 and (near > world or world % near):
         fits = ", ".join(str(n) for n in range(2, world + 1) if world % n == 0) or "none"
         raise UserError(f"{shown(path, near)} must divide the {world} rank(s) of deepspeed.stage=3 (the ranks of a node, "
-                        f"usually): {fits} would")  # fmt: skip
+                        f"usually): {fits} would")
     for key in ("zero_quantized_weights", "zero_quantized_gradients"):
         if given.get(f"zero_optimization.{key}") and device_type == "cpu":
             raise UserError(f"{shown(f'zero_optimization.{key}', True)} needs DeepSpeed's CUDA kernels, the ranks run on the "
-                            "CPU: leave it out here")  # fmt: skip
+                            "CPU: leave it out here")
     if quantizes_gradients(s):
         from deepspeed.accelerator import get_accelerator
 
@@ -46,11 +48,12 @@ def check_world(settings: Settings, world: int, device_type: str) -> None:
         if world <= near or world % near:
             path = "zero_optimization.zero_quantized_gradients"
             raise UserError(f"{shown(path, True)} quantises between nodes, {world} rank(s) of deepspeed.stage=3 with {near} "
-                            "device(s) a node are not several whole ones: leave it out")  # fmt: skip
+                            "device(s) a node are not several whole ones: leave it out")
 
 
 class _Asked(dict):  # type: ignore[type-arg]
-    """A dict that knows which of its keys were asked for. Going through all of them asks for each."""
+    """A dict that remembers which of its keys were read. A reader that goes through all items counts as having read each.
+    Nested dicts remember it too, down to `depth` levels."""
 
     def __init__(self, values: dict[str, Any], depth: int = 1) -> None:
         nested = {k: _Asked(v, depth - 1) if depth and isinstance(v, dict) else v for k, v in values.items()}
@@ -85,17 +88,17 @@ class _Asked(dict):  # type: ignore[type-arg]
         return self
 
     def ignored(self, prefix: str = "") -> Iterator[tuple[str, set[str]]]:
-        """(path, the keys that were asked for beside it) of what nobody asked for."""
+        """Yields, for each entry that nobody read, (its path, the keys that were read beside it)."""
         for key, value in dict.items(self):
             if not self.wholly and key not in self.asked:
                 yield prefix + key, self.asked
-            elif isinstance(value, _Asked) and value.asked:  # else handed on as it is, to something that checks it
+            elif isinstance(value, _Asked) and value.asked:  # an unread dict was handed on whole, to code that checks it
                 yield from value.ignored(f"{prefix}{key}.")
 
 
 def _read_by_deepspeed(settings: Settings) -> None:
-    """Lets DeepSpeed read the configuration. It passes over most fields that it does not know: those are what it never asks
-    for."""
+    """Lets DeepSpeed read the configuration, and raises UserError for its objections. DeepSpeed ignores most fields that it
+    does not know, so the unknown fields are found as those that it never reads."""
     from deepspeed.runtime.config import DeepSpeedConfig
     from pydantic import ValidationError
 
@@ -108,11 +111,11 @@ def _read_by_deepspeed(settings: Settings) -> None:
         usual = DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1})
     except ValidationError as error:
         raise UserError(f"deepspeed.config: {_first(error)}") from error
-    except Exception as error:  # it asserts, and trips over wrong types
+    except Exception as error:  # DeepSpeed uses assertions, and fails anyhow on wrong types
         raise UserError(f"deepspeed.config: DeepSpeed cannot read it: {error or type(error).__name__}") from error
     finally:
         logger.setLevel(level)
-    for path, value in settings.deepspeed.config.items():  # a field by itself, which DeepSpeed takes as it is
+    for path, value in settings.deepspeed.config.items():  # DeepSpeed does not check the type of top-level fields
         like = getattr(usual, path, None)
         kind = "true or false" if isinstance(like, bool) else "a number" if isinstance(like, int | float) else ""
         right = isinstance(value, bool) if isinstance(like, bool) else type(value) in (int, float)
@@ -126,7 +129,7 @@ def _read_by_deepspeed(settings: Settings) -> None:
 
 
 def _first(error: Any) -> str:
-    """The first problem that pydantic found, with the nearest field where one is unknown."""
+    """Describes the first problem that pydantic found. For an unknown field it names the most similar known one."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     problem = error.errors()[0]

@@ -1,13 +1,15 @@
-"""Which weights ZeRO-3 holds gathered, and when.
+"""Decides which weights ZeRO-3 holds gathered, and when (`deepspeed.gather`).
 
-    step    each fetch unit is gathered at its first use after an optimizer step, the next one ahead of its use, and all
-            stay until the optimizer steps: one gather of the model a step. Adapters: the frozen base is not sharded.
-    sweep   the same for the forwards of all states; then everything is released, and the student's units are gathered one
-            by one, in reverse, for the backwards of all states: two gathers, and no gradient is whole for longer than its
-            unit's turn.
-    unit    DeepSpeed's own hooks gather a unit before every use and release it after.
+    step    A fetch unit is gathered at its first use after an optimizer step, while the unit before it computes, and stays
+            gathered until the optimizer steps. So a step gathers the model once.
+    sweep   The forwards of all states gather as under step. Then everything is released, and the student's units are gathered
+            one by one, in reverse order, for the backwards of all states. So a step gathers the model twice, but a whole
+            gradient exists only during its unit's turn.
+    unit    DeepSpeed's own hooks gather a unit before each use and release it afterwards.
 
-A fetch unit is what one part of the pair needs, the student's and the teacher's weights together, in one collective.
+A fetch unit is one part of the pair, such as a block, with the student's and the teacher's weights together: one collective
+gathers both. With adapters, step and sweep do not shard the frozen base. Which gradients are delivered by whom in each mode is
+the table in `pair.passes`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from dopsd_fast.pair.student_teacher import Pair
 
 
 class Holder(nn.Module):
-    """Parameters without their modules: what DeepSpeed is to shard, while its module hooks have nothing to see."""
+    """Holds parameters without their modules. DeepSpeed is given this module to shard, so that it finds the parameters but no
+    forward to hang its gathering hooks on."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__()
@@ -32,15 +35,18 @@ class Holder(nn.Module):
 
 
 def sharded_parameters(pair: Pair) -> list[nn.Parameter]:
-    """Of the pair, what ZeRO-3 shards under gather=step and sweep: everything, or with adapters only these."""
+    """Lists the parameters that ZeRO-3 splits across ranks when gather is step or sweep. Full fine-tuning: all of the pair's.
+    LoRA: only the adapters, because the frozen base fits on each rank and gathering it would cost one collective per block."""
     if pair.lora_config is None:
         return list(pair.parameters())
     return [p for trained in pair.trained() for p in (trained.student, trained.teacher) if p is not None]
 
 
 class Fetcher:
-    """Gathers the units of `pair`, whose parameters DeepSpeed has sharded through a `Holder`. `quantize`: as 8 bits
-    (DeepSpeed's zero_quantized_weights)."""
+    """Gathers the fetch units of `pair`, whose parameters DeepSpeed has sharded through a `Holder`.
+
+    Gathers are collective: all ranks must ask for the same units in the same order, which they do because they run the same
+    forward. quantize: send the weights as 8 bits (DeepSpeed's zero_quantized_weights)."""
 
     def __init__(self, pair: Pair, quantize: bool = False) -> None:
         from deepspeed.accelerator import get_accelerator
@@ -63,7 +69,8 @@ class Fetcher:
         self.parameters = list(dict.fromkeys(p for unit in self.units for p in unit))
 
     def _before(self, module: nn.Module, arguments: Any) -> None:
-        """Of a unit's forward. The unit that followed it the first time is gathered meanwhile."""
+        """Runs before a unit's forward: waits until the unit is gathered, and starts to gather the unit that followed it in the
+        first forward."""
         position = self._position[id(module)]
         self.gather(position)
         if position not in self._order:
@@ -73,7 +80,7 @@ class Fetcher:
             self._launch(self._order[following], self.units[self._order[following]])
 
     def gather(self, position: int, wanted: Sequence[Any] | None = None) -> None:
-        """Unit `position`, or just the parameters `wanted`; returns when they are there."""
+        """Gathers unit `position`, or only the parameters `wanted`, and returns when they are there."""
         wanted = self.units[position] if wanted is None else wanted
         for unit in list(self._flying):
             if unit == position or any(p.ds_status.name == "INFLIGHT" for p in wanted):
@@ -82,8 +89,9 @@ class Fetcher:
         self._land(position)
 
     def sweep(self, turns: Turns, done: Callable[[list[Any]], None]) -> None:
-        """Releases everything, then for each (units, action) in turn gathers what of the units trains, acts, calls `done` with
-        the parameters whose last turn this was, and releases them; the next turn's are on their way meanwhile."""
+        """Releases everything, then takes the turns (units, action) one by one. A turn gathers the units' parameters that
+        train, starts to gather those of the next turn, calls `action`, calls `done` with the parameters that no later turn
+        needs, and releases these."""
         self.release()
         sets = [self._trained(units) for units, _ in turns]
         last = {id(p): i for i, parameters in enumerate(sets) for p in parameters}
@@ -96,15 +104,17 @@ class Fetcher:
             self.release([p for p in sets[i] if last[id(p)] == i])
 
     def _trained(self, units: Sequence[nn.Module]) -> list[Any]:
+        """Lists the parameters of `units` that train, each once."""
         return [p for p in dict.fromkeys(p for unit in units for p in unit.parameters()) if p.requires_grad]
 
     def _launch(self, position: int, parameters: Sequence[Any]) -> None:
+        """Starts to gather those of `parameters` that are not there, as unit `position`. `_land` waits for them."""
         missing = [p for p in parameters if p.ds_status.name == "NOT_AVAILABLE"]
         if not missing or position in self._flying:
             return
         if self._stream is not None:
-            self._stream.wait_stream(self._accelerator.current_stream())  # the shards may just have been written
-        # hpZ: those that lie whole within a node, and those that do not, are collectives of different groups
+            self._stream.wait_stream(self._accelerator.current_stream())  # this stream may just have written the shards
+        # Under hpZ some parameters lie whole within a node and others do not. They need collectives of different groups.
         near = [p for p in missing if p.ds_secondary_tensor is not None]
         far = [p for p in missing if p.ds_secondary_tensor is None]
         with self._on_stream():
@@ -113,6 +123,7 @@ class Fetcher:
             ]
 
     def _land(self, position: int) -> None:
+        """Waits until unit `position` has arrived, if it is on its way."""
         handles = self._flying.pop(position, [])
         with self._on_stream():
             for handle in handles:
@@ -124,7 +135,7 @@ class Fetcher:
         return nullcontext() if self._stream is None else self._accelerator.stream(self._stream)
 
     def release(self, parameters: Iterable[Any] | None = None) -> None:
-        """Everything, or just `parameters`: what is left is this rank's shards."""
+        """Frees everything that is gathered, or only `parameters`. This rank's shards stay."""
         if parameters is None:
             for position in list(self._flying):
                 self._land(position)
@@ -134,29 +145,30 @@ class Fetcher:
             held[0].partition(held)
 
     def close(self) -> None:
+        """Frees everything that is gathered and removes the hooks."""
         self.release()
         for hook in self._hooks:
             hook.remove()
 
 
 class Reducer:
-    """Sums the gradients of `parameters` over the ranks into the shards of `zero`, DeepSpeed's stage 3 optimizer: when it is
-    told to, instead of DeepSpeed's own backward hooks."""
+    """Sums the gradients of `parameters` over the ranks into the shards of `zero`, DeepSpeed's stage 3 optimizer. It replaces
+    DeepSpeed's backward hooks, which would reduce a gradient at each state's backward: this one reduces when it is told to."""
 
     def __init__(self, zero: Any, parameters: Sequence[Any]) -> None:
         self._zero, self._parameters = zero, parameters
         self._reduced: set[int] = set()
         zero.set_gradient_accumulation_boundary(True)
-        zero.persistent_parameters.clear()  # would be gathered right after the optimizer step, before the EMA is written
+        zero.persistent_parameters.clear()  # DeepSpeed gathers them right after its step, before the EMA is written
         for hook in zero._grad_acc_hooks:
             hook.remove()
         zero._grad_acc_hooks.clear()
 
     def reduce(self, parameters: Iterable[Any]) -> None:
-        """Collective, in buckets; the gradients are gone afterwards. One that is missing counts as zeros: another rank may
-        have it."""
+        """Reduces the gradients of `parameters`, bucket by bucket, and frees them. Every rank must call it with the same
+        parameters. A gradient that is missing here counts as zeros, because another rank may have it."""
         parameters = list(parameters)
-        if any(id(p) in self._reduced for p in parameters):  # the next micro-batch: what comes now is added
+        if any(id(p) in self._reduced for p in parameters):  # the next micro-batch: its gradients are added
             self._zero.independent_gradient_partition_epilogue()
             self._zero.micro_step_id += 1
             self._reduced.clear()
@@ -167,17 +179,17 @@ class Reducer:
             self._reduced.add(id(parameter))
 
     def reduce_rest(self) -> None:
-        """What of this micro-batch has not been reduced."""
+        """Reduces the gradients of this micro-batch that have not been reduced yet."""
         self.reduce([p for p in self._parameters if id(p) not in self._reduced])
 
     def finish(self) -> None:
-        """The step's gradients are complete: the rest, and the last bucket."""
+        """Reduces the remaining gradients and the last bucket. The gradients of the step are then complete."""
         self.reduce_rest()
         self._zero.independent_gradient_partition_epilogue()
         self._reduced.clear()
 
     def forget(self) -> None:
-        """After an exception: what has been reduced is not used."""
+        """Discards the gradients that have been reduced, after an exception."""
         if self._reduced:
             self._zero.independent_gradient_partition_epilogue()
             self._zero.micro_step_id = 0
@@ -185,16 +197,16 @@ class Reducer:
 
 
 def give_zeros(parameter: Any) -> None:
-    """A gradient of zeros, fp32, to a parameter that may be sharded."""
+    """Gives a parameter, which may be sharded, an fp32 gradient of zeros."""
     data = parameter.data
-    if data.shape != parameter.ds_shape:  # sharded: a gradient must have the shape of the data
+    if data.shape != parameter.ds_shape:  # torch requires that a gradient has the shape of the data
         parameter.data = data.new_empty(1).expand(parameter.ds_shape)
     parameter.grad = torch.zeros(parameter.ds_shape, dtype=torch.float32, device=data.device)
     parameter.data = data
 
 
 def _units(pair: Pair) -> Iterator[tuple[list[nn.Module], list[Any]]]:
-    """(the modules whose forward needs them, parameters)."""
+    """Yields each fetch unit: (the modules whose forward needs it, its parameters)."""
     if pair.fused is not None:
         kinds = pair.fused.gather_units()
         for module in pair.fused.modules():
@@ -209,7 +221,7 @@ def _units(pair: Pair) -> Iterator[tuple[list[nn.Module], list[Any]]]:
 
 
 def _parts(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Its children, lists opened: blocks are parts of their own."""
+    """Yields the children of a transformer by name. A list of blocks yields its blocks, because each is a unit by itself."""
     for name, child in transformer.named_children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from ((f"{name}.{inner}", part) for inner, part in child.named_children())

@@ -1,4 +1,4 @@
-"""Which elements of which trained tensor a rank holds."""
+"""Describes which elements of which trained tensor a rank holds."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from dopsd_fast.pair.student_teacher import Trained
 
 Reader = Callable[[str, str, int, int], Tensor]
-"""(name, kind, offset, numel) -> flat tensor; kind "step" ignores the range and gives an int64 scalar."""
+"""A function (name, kind, offset, numel) -> flat tensor of that range. For the kind "step" it ignores the range and returns an
+int64 scalar."""
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [offset, offset + numel) of a trained tensor, held by this rank at [start, start + numel) of `flat`, the
-    tensor that the optimizer knows."""
+    """Says that this rank holds the elements [offset, offset + numel) of a trained tensor at [start, start + numel) of `flat`,
+    the tensor that the optimizer steps."""
 
     trained: Trained
     offset: int
@@ -26,7 +27,7 @@ class Fragment:
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, buffer) of what `state_dict` holds besides parameters."""
+    """Yields (name, buffer) for each buffer that `state_dict` holds."""
     for prefix, part in module.named_modules():
         for name, buffer in part.named_buffers(recurse=False):
             if name not in part._non_persistent_buffers_set:

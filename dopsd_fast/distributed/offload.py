@@ -1,8 +1,8 @@
-"""The optimizer's step in CPU memory (deepspeed.config: zero_optimization.offload_optimizer.device = "cpu").
+"""Runs the optimizer's step in CPU memory (deepspeed.config: zero_optimization.offload_optimizer.device = "cpu").
 
-Masters, moments, average and one fp32 gradient, 20 bytes a parameter, stay in CPU memory. The step goes over them part by
-part: one pass of `adamw_ema` clips, updates, averages and writes the rounded student and teacher of a part into one of two
-buffers, from which they travel to the device's shards while the next part is computed.
+The masters, the two moments, the average and one fp32 gradient, 20 bytes a parameter, stay in CPU memory. The step goes over
+them part by part. One pass of `adamw_ema` clips, updates and averages a part, and writes the rounded student and teacher into
+one of two buffers; from there they travel to the device's shards while the next part is computed.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ from dopsd_fast.errors import UserError
 from dopsd_kernels.adamw_ema import AdamWEMA
 
 PART = 1 << 24
-"""Elements that are computed while those before them travel."""
+"""Elements of one part: the CPU computes one part while the part before travels to the device."""
 
 Targets = Sequence[tuple[int, Tensor]]
-"""(first element, where from there on the copies go: flat), in order. What lies between two is not copied."""
+"""Where the copies of a flat tensor's elements go, in order: (index of the first element, flat tensor that takes the elements
+from there on). Elements between two targets are not copied."""
 
 
 def take_pinning(config: dict[str, Any]) -> bool:
-    """Whether gradients are to be pinned: `pin_memory` (default true) of the offload_optimizer in DeepSpeed's `config`, where
-    it is turned off. DeepSpeed would pin more than travels, and through torch, which rounds up to a power of two."""
+    """Returns whether to pin the gradients' memory: `pin_memory` (default true) of offload_optimizer in DeepSpeed's `config`.
+
+    The field is then set to false in `config`, and we pin by ourselves, because DeepSpeed would also pin memory that never
+    travels, and would pin through torch, which rounds allocations up to a power of two."""
     section = config["zero_optimization"].get("offload_optimizer")
     if not isinstance(section, dict) or section.get("device") != "cpu":
         return False
@@ -46,31 +49,33 @@ def attach(
     ranks: Ranks,
     pinned: bool = False,
 ) -> Offload | None:
-    """Takes over the step of `zero`, a new DeepSpeed optimizer that keeps ours in CPU memory; None for any other.
+    """Takes over the step of `zero`, a newly made DeepSpeed optimizer that keeps ours in CPU memory. Returns None, and changes
+    nothing, where `zero` does not offload to CPU memory, or where DeepSpeed's NVMe or ZenFlow step must run.
 
-    flats: what `optimizer` steps on this rank. fragments: which elements of them belong to which trained tensor, where an EMA
-    is kept, else empty. teacher_flats: at ZeRO 1 and 2, the teacher laid out as the student. pinned: gradients arrive in pinned
-    memory, on CUDA. Raises UserError where the system does not pin that much."""
+    flats: the tensors that `optimizer` steps on this rank.
+    fragments: which of their elements belong to which trained tensor; empty where no EMA is kept.
+    teacher_flats: at ZeRO 1 and 2, the teacher's weights laid out as the student's.
+    pinned: pin the gradients' memory, on CUDA. Raises UserError where the system does not pin that much."""
     if not getattr(zero, "offload_optimizer", getattr(zero, "cpu_offload", False)):
         return None
     if getattr(zero, "swap_optimizer", False) or getattr(zero, "zenflow", False):
-        return None  # NVMe and ZenFlow: DeepSpeed's own step
+        return None  # NVMe and ZenFlow need DeepSpeed's own step
     return Offload(zero, optimizer, flats, fragments, teacher_flats, ranks, pinned)
 
 
 def host_bytes(numel: int, itemsize: int, ema: bool = True, part: int = PART) -> dict[str, int]:
-    """Bytes of CPU memory of a rank that holds `numel` trained parameters (its shard, at ZeRO 1, 2 and 3 alike), by kind.
-    `itemsize`: of a weight on the device."""
+    """Returns the bytes of CPU memory, by kind, of a rank whose shard holds `numel` trained parameters. ZeRO 1, 2 and 3 need
+    the same. `itemsize`: bytes of a weight on the device."""
     staging = 2 * (1 + ema) * itemsize * min(part, numel)
     return dict(masters=4 * numel, moments=8 * numel, ema=4 * numel * ema, gradients=4 * numel, staging=staging)
 
 
 class Offload:
-    """The optimizer's step in CPU memory, in place of DeepSpeed's: methods of its optimizer `zero` are replaced by ours, and
-    DeepSpeed goes on calling them in its order.
+    """Replaces DeepSpeed's step in CPU memory: methods of its optimizer `zero` are exchanged for ours, and DeepSpeed goes on
+    calling them in its own order.
 
     The numbers are those of DeepSpeed's step followed by a cast of the average, bit for bit. When DeepSpeed's engine has
-    stepped, this rank's shards of student and teacher are written; gathering them is the caller's. Arguments: see `attach`.
+    stepped, this rank's shards of student and teacher are written; the caller gathers them. Arguments: see `attach`.
     """
 
     def __init__(
@@ -97,12 +102,12 @@ class Offload:
         self._transfers = Transfers([dtype] * (1 + averages), numel, torch.cuda if on_cuda else None)
 
     def describe(self) -> dict[str, Any]:
-        """What was chosen, for the run's files."""
+        """Names what was chosen, for the run's files."""
         pinned = bool(self._pinned)
         return {"optimizer_offload": "cpu", "offload_part": self._transfers.numel, "gradients_pinned": pinned}
 
     def close(self) -> None:
-        """Before the gradients' memory is freed."""
+        """Unpins the gradients' memory. It must be called before that memory is freed."""
         for tensor in self._pinned:
             torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())  # type: ignore[attr-defined]
         self._pinned = []
@@ -110,7 +115,7 @@ class Offload:
     # ---- one flat tensor -----------------------------------------------------------------------------------
 
     def _update(self, index: int, group: dict[str, Any], student: Targets, teacher: Targets) -> None:
-        """Steps tensor `index`, and sends its copies on their way."""
+        """Steps flat tensor `index` part by part, and starts to copy the rounded weights of each part to the device."""
         flat, transfers = self._flats[index], self._transfers
         hyper = self._optimizer.begin(flat, group)
         transfers.begin()
@@ -122,7 +127,8 @@ class Offload:
             transfers.send([pair for targets, buffer in copies for pair in _pairs(targets, buffer, start)])
 
     def _factor(self, clip: Callable[[Tensor], object]) -> None:
-        """Gives the optimizer the factor by which DeepSpeed would multiply every gradient: what becomes of a 1."""
+        """Gives the optimizer the factor by which DeepSpeed would multiply every gradient to clip it. The factor is found by
+        letting DeepSpeed's `clip` multiply a tensor that holds a single 1."""
         one = torch.ones(1)
         clip(one)
         self._optimizer.grad_scale = float(one)
@@ -130,7 +136,7 @@ class Offload:
     # ---- ZeRO 3 --------------------------------------------------------------------------------------------
 
     def _take_stage_3(self) -> list[Tensor]:
-        """Replaces what of DeepSpeed's step changes; the gradients."""
+        """Replaces the methods of DeepSpeed's step that we change. Returns the tensors that hold the gradients."""
         zero = self._zero
         self._home = self._share_gradients()
         clip, post = zero.unscale_and_clip_grads, zero._post_step
@@ -156,13 +162,13 @@ class Offload:
             teacher = []
             for start, param, numel in sorted(teachers[index], key=lambda entry: entry[0]):
                 teacher.append((start, param.ds_tensor.data.view(-1)[:numel]))
-                param.ds_secondary_tensor = None  # hpZ's copy of the old weights
+                param.ds_secondary_tensor = None  # drop hpZ's copy, which holds the old weights
             group = self._optimizer.param_groups[zero.sub_group_to_group_id[index]]
             self._update(index, group, student, teacher)
 
         def finish(timers: Any) -> None:
             self._transfers.finish()
-            post(timers)  # gathers the parameters that stay gathered
+            post(timers)  # this gathers the parameters that DeepSpeed keeps gathered
 
         zero.unscale_and_clip_grads, zero._optimizer_step, zero._post_step = factor, step, finish
         zero._reassign_or_swap_out_partitioned_parameters = lambda index: None
@@ -170,8 +176,8 @@ class Offload:
         return [zero.grad_partitions_flat_buffer]
 
     def _share_gradients(self) -> dict[int, Tensor]:
-        """DeepSpeed has every gradient twice in CPU memory, as it accumulates and as the optimizer takes it: this makes them
-        one. Parameter id -> its part."""
+        """Makes one tensor of the two that DeepSpeed keeps for every gradient in CPU memory: one in which it accumulates, one
+        that the optimizer reads. Returns each parameter's part of it by the parameter's `ds_id`."""
         zero = self._zero
         params = [param for group in zero.fp16_groups for param in group]
         for flat in self._flats:
@@ -188,12 +194,12 @@ class Offload:
         return home
 
     def _take_gradients(self, params: Sequence[Any], partitions: Sequence[Tensor]) -> None:
-        """Reduced gradients go to CPU memory once; DeepSpeed moves them down, up and down again."""
+        """Moves reduced gradients to CPU memory once. DeepSpeed's own method would move them down, up and down again."""
         zero = self._zero
         for param, partition in zip(params, partitions):
             grad, param.grad = param.grad, None
             if param.partition_numel() * zero._get_param_partition_rank(param) >= param.ds_numel:
-                continue  # nothing but padding on this rank
+                continue  # this rank holds only padding of it
             zero._offload_boundary_param_ids.add(param.ds_id)
             home = self._home[param.ds_id][: partition.numel()]
             if zero.micro_step_id:  # not the first reduction of this step
@@ -206,8 +212,8 @@ class Offload:
     # ---- ZeRO 1 and 2 --------------------------------------------------------------------------------------
 
     def _take_stage_2(self) -> list[Tensor]:
-        """The same. DeepSpeed copies the masters into a buffer and that to the device: tensors without memory take their
-        places."""
+        """Does the same as `_take_stage_3` for stages 1 and 2. DeepSpeed would copy the masters into a buffer, and the buffer
+        to the device; tensors without memory (on the meta device) take the places of both, so that these copies do nothing."""
         zero, rank, world = self._zero, self._ranks.rank, self._ranks.world
         clip, reset = zero.unscale_and_clip_grads, zero.reset_cpu_buffers
         buffers = zero.param_buffer_of_bit16_for_cpu_offload_groups
@@ -223,13 +229,13 @@ class Offload:
             parts[rank] = student.to("meta")
 
         def restore() -> None:
-            """Called after the last group, or instead of all."""
+            """Ends the step. DeepSpeed calls it after the last group, or instead of all groups when the step is not applied."""
             self._transfers.finish()
             for parts, student in taken:
                 parts[rank] = student
             taken.clear()
             for index in list(zero.averaged_gradients):
-                zero.averaged_gradients[index] = None  # else a step that is not applied adds its gradient to the next one's
+                zero.averaged_gradients[index] = None  # otherwise a step that is not applied adds its gradient to the next
             reset()
 
         zero.unscale_and_clip_grads = lambda grads, norm: self._factor(lambda one: clip([one], norm))
@@ -238,7 +244,8 @@ class Offload:
 
 
 class Transfers:
-    """Two sets of CPU buffers, `numel` elements of each of `dtypes`, and their way to the device.
+    """Copies results from the CPU to the device while the CPU computes the next ones. It owns two sets of CPU buffers, each
+    with one buffer of `numel` elements for each of `dtypes`, and uses them in turn.
 
         transfers.begin()
         for ...:
@@ -246,7 +253,7 @@ class Transfers:
             transfers.send([(target, part of a buffer), ...])
         transfers.finish()
 
-    `streams`: torch.cuda, where the buffers are pinned and sent on a stream of their own; None: copied at once.
+    streams: torch.cuda, where buffers are pinned and sent on a stream of their own; or None, where `send` copies at once.
     """
 
     def __init__(self, dtypes: Sequence[torch.dtype], numel: int, streams: Any = None) -> None:
@@ -258,19 +265,19 @@ class Transfers:
         self._turn = 0
 
     def begin(self) -> None:
-        """Waits until the device has delivered the gradients, and reads no weights any more."""
+        """Waits until the device has delivered the gradients and no longer reads the weights that will be overwritten."""
         if self._lane is not None:
             self._streams.current_stream().synchronize()
 
     def take(self) -> list[Tensor]:
-        """Buffers to write to: what was sent from them has arrived."""
+        """Returns the other set of buffers to write to, after waiting until everything sent from it has arrived."""
         self._turn = 1 - self._turn
         if self._sent[self._turn] is not None:
             self._sent[self._turn].synchronize()
         return self._sets[self._turn]
 
     def send(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Copies (to, from) each, from parts of the buffers taken last."""
+        """Starts copies, given as pairs (target, source). The sources are parts of the buffers that were taken last."""
         if self._lane is None:
             for target, source in pairs:
                 target.copy_(source)
@@ -282,13 +289,13 @@ class Transfers:
         self._sent[self._turn].record(self._lane)
 
     def finish(self) -> None:
-        """Everything has arrived."""
+        """Waits until everything has arrived."""
         if self._lane is not None:
             self._lane.synchronize()
 
 
 def _pairs(targets: Targets, buffer: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(part of a target, part of `buffer`) each, where `buffer` holds the elements from `start` on."""
+    """Yields pairs (part of a target, the same elements in `buffer`), where `buffer` holds the elements from `start` on."""
     stop = start + buffer.numel()
     first = max(0, bisect_right(targets, start, key=lambda entry: entry[0]) - 1)
     for begin, target in targets[first:]:
@@ -300,7 +307,8 @@ def _pairs(targets: Targets, buffer: Tensor, start: int) -> Iterator[tuple[Tenso
 
 
 def _pin(tensor: Tensor) -> None:
-    """Pins the memory of a CPU tensor where it lies: torch's own pinned allocations are rounded up to a power of two."""
+    """Pins the memory of a CPU tensor where it lies, because torch rounds its own pinned allocations up to a power of two.
+    Raises UserError where the system does not pin that much."""
     error = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))  # type: ignore[attr-defined]
     if error:
         raise UserError(

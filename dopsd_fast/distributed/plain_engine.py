@@ -1,4 +1,5 @@
-"""Stage 0: every rank holds everything. Plain data parallelism on torch.distributed, without DeepSpeed's engine around it."""
+"""Stage 0: every rank holds the whole model, optimizer and average. This is plain data parallelism on torch.distributed,
+without DeepSpeed's engine around it."""
 
 from __future__ import annotations
 
@@ -17,14 +18,14 @@ from dopsd_fast.pair.student_teacher import Pair
 from dopsd_fast.settings.schema import TeacherSettings, TrainSettings
 
 BUCKET = 500_000_000
-"""Elements that are reduced in one collective: 2 GB of fp32 gradients."""
+"""Number of elements after which a bucket is reduced in one collective: 2 GB of fp32 gradients."""
 
 
 class PlainEngine(Engine):
-    """`Engine` for one rank, or for several that each hold the whole model, optimizer and average.
+    """The engine of stage 0, for one rank or for several.
 
-    The numbers are those of DeepSpeed's stage 0: gradients are summed over the ranks in fp32, bucket by bucket, and divided by
-    their number afterwards."""
+    Its numbers are those of DeepSpeed's stage 0: gradients are summed over the ranks in fp32, bucket by bucket, and the sum is
+    divided by the number of ranks afterwards."""
 
     stage = 0
 
@@ -66,6 +67,7 @@ class PlainEngine(Engine):
         return norm
 
     def _reduce(self, gradients: Sequence[Tensor]) -> None:
+        """Replaces each gradient by its mean over the ranks."""
         bucket: list[Tensor] = []
         for i, gradient in enumerate(gradients):
             bucket.append(gradient)
@@ -78,8 +80,8 @@ class PlainEngine(Engine):
                 bucket = []
 
     def _clip_gradients(self) -> float:
-        """The norm; the optimizer multiplies each gradient by clip / (norm + 1e-6) where that is less than 1, as DeepSpeed's
-        ZeRO optimizers do."""
+        """Returns the gradients' global norm, and tells the optimizer to multiply each gradient by clip / (norm + 1e-6) where
+        that is less than 1, as DeepSpeed's ZeRO optimizers do."""
         grads = side_by_side([trained.student.grad for trained in self._trained])
         norm = torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).norm()
         if self._clip > 0:
@@ -94,15 +96,16 @@ class PlainEngine(Engine):
         return self._fragments if self.rank == 0 else []
 
     def _refresh(self) -> None:
-        """The optimizer has written both."""
+        """Does nothing, because the optimizer has written the parameters and the teacher already."""
 
     def close(self) -> None:
-        """Nothing hangs on the pair."""
+        """Does nothing, because this engine has changed nothing in the pair's modules."""
 
 
 def side_by_side(tensors: list[Tensor]) -> list[Tensor]:
-    """The same elements in fewer tensors: those that lie side by side in one storage become one flat tensor. Their order
-    depends on the given order and on offsets only, never on addresses: a norm over them has the same bits in every run."""
+    """Returns the same elements in fewer tensors: tensors that lie side by side in one storage become one flat tensor. The
+    order depends on the given order and on offsets only, never on addresses, so that a norm over them has the same bits in
+    every run."""
     merged: list[Tensor] = []
     end: Any = None
     first: dict[int, int] = {}

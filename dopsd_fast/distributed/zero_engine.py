@@ -1,4 +1,5 @@
-"""ZeRO 1 to 3: DeepSpeed shards the optimizer, the gradients and the weights; the EMA teacher lives on the shard."""
+"""ZeRO stages 1 to 3: DeepSpeed shards the optimizer (1), the gradients (2) and the weights (3). Each rank averages the EMA on
+its own shard, so that the teacher costs no further reduction."""
 
 from __future__ import annotations
 
@@ -23,11 +24,11 @@ from dopsd_fast.settings.schema import DeepSpeedSettings, TeacherSettings, Train
 
 
 class ZeroEngine(Engine):
-    """`Engine` under DeepSpeed: ZeRO 1, 2 or 3, on CUDA (NCCL) and CPU (gloo), with the EMA kept on the shard.
+    """The engine of ZeRO stages 1, 2 and 3, on CUDA (NCCL) and on CPU (gloo). It keeps the EMA on the shard.
 
-    The constructor's order is fixed: DeepSpeed must see the optimizer before it has state, because it replaces the parameters
-    that the optimizer knows by flat shards; ours begins its state only on those. Every rank goes through the same steps,
-    because taking over the shards and gathering the teacher are collective calls.
+    The constructor's order is fixed. DeepSpeed must see the optimizer before it has state, because DeepSpeed replaces the
+    parameters that the optimizer knows by flat shards, and our optimizer begins its state on those. Every rank goes through
+    the same order, because taking over the shards and gathering the teacher are collective calls.
 
     config: DeepSpeed's dict (`settings.deepspeed_dict`). Raises UserError for what DeepSpeed refuses in it."""
 
@@ -76,6 +77,8 @@ class ZeroEngine(Engine):
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
+        """Reduces on leaving: through our `Reducer` where the fetcher gathers (`own`), else through DeepSpeed, whose
+        `coalesce_grad_reduction` holds back its reductions until then."""
         own = self.fetcher is not None
         with (nullcontext if own else self._engine.coalesce_grad_reduction)():
             try:
@@ -95,6 +98,7 @@ class ZeroEngine(Engine):
             self._engine.backward(loss)
 
     def _sweep(self, turns: Turns) -> None:
+        """Takes the turns of a sweep and reduces each unit's gradients when its last turn is over."""
         assert self.fetcher is not None
         self.fetcher.sweep(turns, self.reducer.reduce)
         self.reducer.reduce_rest()
@@ -112,8 +116,8 @@ class ZeroEngine(Engine):
         return norm
 
     def _fill_gradients(self) -> None:
-        """Zeros where a parameter got no gradient on this rank: DeepSpeed would reduce it on the other ranks alone, and at
-        stage 3 step it with the gradient of an earlier step."""
+        """Gives zeros to each parameter that got no gradient on this rank. Without them DeepSpeed would reduce the parameter on
+        the other ranks alone, and at stage 3 would step it with the gradient of an earlier step."""
         for trained in self._trained:
             param = trained.student
             if param.grad is None and getattr(param, "grad_accum", None) is None:
@@ -134,20 +138,22 @@ class ZeroEngine(Engine):
     # ---- where the optimizer's tensors are -----------------------------------------------------------------
 
     def _flats(self) -> list[Tensor]:
-        """What the optimizer steps on this rank; a shard may be nothing but padding."""
+        """Lists the flat tensors that the optimizer steps on this rank. One may consist of padding alone."""
         return self._zero.fp32_partitioned_groups_flat if self.stage == 3 else self._zero.single_partition_of_fp32_groups
 
     def _find_fragments(self) -> Iterator[Fragment]:
+        """Yields the elements of each trained tensor that lie on this rank. Stages 1 and 2 divide a flat tensor of many
+        parameters among the ranks, stage 3 each parameter by itself."""
         for trained in self._trained:
             param = trained.student
             if self.stage < 3:
-                # Not by param._hp_mapping: with round_robin_gradients it follows another order than the flat tensor.
+                # param._hp_mapping does not serve: with round_robin_gradients it follows another order than the flat tensor.
                 for group, whole in enumerate(self._zero.bit16_groups_flat):
                     if param.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
                         size = whole.numel() // self.world
                         start = param.storage_offset() - whole.storage_offset() - size * self.rank
                         first, last = max(start, 0), min(start + param.numel(), size)
-                        if first < last:  # else no element of it is on this rank
+                        if first < last:  # otherwise no element of it is on this rank
                             flat = self._zero.single_partition_of_fp32_groups[group]
                             yield Fragment(trained, first - start, last - first, flat, first)
             else:
@@ -162,7 +168,8 @@ class ZeroEngine(Engine):
 
     @torch.no_grad()
     def _refresh_teacher(self, written: bool = False) -> None:
-        """Casts the EMA into the teacher's parameters, on every rank; `written`: this rank's shards have it."""
+        """Casts the EMA into the teacher's parameters, on every rank. `written` says that the step itself has already written
+        this rank's shards, so that they need only be gathered."""
         if not self.keeps_ema:
             return
         if self.stage == 3:
@@ -176,8 +183,8 @@ class ZeroEngine(Engine):
                 torch.distributed.all_gather(parts, parts[self.rank].clone())
 
     def _flatten_teacher(self) -> list[Tensor]:
-        """Stages 1 and 2: lays the teacher's parameters out as DeepSpeed laid out the student's, so that one gather per
-        group distributes the EMA."""
+        """Lays the teacher's parameters out as DeepSpeed laid out the student's (stages 1 and 2), so that one gather per group
+        distributes the EMA to all ranks. Returns the flat tensors, which the teacher's parameters are views of."""
         flats = [flat.clone() for flat in self._zero.bit16_groups_flat]
         for trained in self._trained:
             student, teacher = trained.student, trained.teacher
@@ -190,7 +197,8 @@ class ZeroEngine(Engine):
         return flats
 
     def _write_partitions(self, values: Iterator[tuple[Any, Tensor]]) -> None:
-        """Stage 3: overwrites this rank's partitions; parameters that DeepSpeed keeps gathered are gathered anew."""
+        """Overwrites this rank's partitions with `values` (stage 3). Parameters that DeepSpeed keeps gathered are gathered
+        again, because their gathered copies are old."""
         if self.fetcher is not None:
             self.fetcher.release()
         gathered = [t for trained in self._trained for t in (trained.teacher, trained.student) if t is not None]
@@ -199,7 +207,7 @@ class ZeroEngine(Engine):
             gathered[0].partition(gathered)
         for param, value in values:
             param.ds_tensor.data.view(-1).narrow(0, 0, value.numel()).copy_(value)
-        for trained in self._trained:  # hpZ's copies, also where this rank's part is only padding
+        for trained in self._trained:  # drop hpZ's copies, which are old now, also where this rank's part is only padding
             for param in (trained.student, trained.teacher):
                 if param is not None:
                     param.ds_secondary_tensor = None
@@ -233,18 +241,20 @@ class ZeroEngine(Engine):
         self._engine.destroy()
         import deepspeed
 
-        deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's, which a later engine would go on using
+        deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # a later engine would go on using hpZ's group
 
 
 def _gather_of(deepspeed: DeepSpeedSettings) -> str | None:
-    """How stage 3 gathers, None elsewhere; "auto" that nobody has decided is "step"."""
+    """Returns how stage 3 gathers, and None for the other stages. The memory plan usually resolves "auto"; where it has not,
+    "auto" means "step"."""
     if deepspeed.stage != 3:
         return None
     return "step" if deepspeed.gather == "auto" else deepspeed.gather
 
 
 def _initialize(pair: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], given: bool = False) -> Any:
-    """`given`: some of `config` is the user's, and what DeepSpeed objects to is taken to be that."""
+    """Calls `deepspeed.initialize` and returns its engine. `given` says that part of `config` comes from the user: then an
+    objection of DeepSpeed is taken to concern that part and becomes a UserError."""
     import deepspeed
     from pydantic import ValidationError
 
@@ -252,7 +262,7 @@ def _initialize(pair: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
     level = logger.level
     if isinstance(pair, Pair) and pair.fused is not None and config["zero_optimization"]["stage"] == 3:
         deepspeed.utils.set_z3_leaf_modules(pair, list(pair.fused.gather_units()), raise_if_not_found=False)
-    logger.setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
+    logger.setLevel(logging.ERROR)  # DeepSpeed warns of every optimizer that is not its own
     try:
         return deepspeed.initialize(model=pair, optimizer=optimizer, config=config)[0]
     except ValidationError as error:
@@ -268,9 +278,11 @@ def _initialize(pair: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
 
 
 def _reduce_fp32(zero: Any) -> None:
-    """Makes DeepSpeed's stage 1 and 2 optimizer sum bf16 gradients in fp32 (`param.grad_accum`) and reduce that sum: its own
-    path at stage 1, which the configuration chooses only together with an optimizer that cannot reduce once per step. Stage
-    2 as configured rounds the sum to bf16 first."""
+    """Makes DeepSpeed's optimizer of stages 1 and 2 sum bf16 gradients in fp32 (`param.grad_accum`) and reduce that sum.
+
+    As configured, stage 2 would round the sum to bf16 before it reduces. DeepSpeed has the fp32 path at stage 1, but its
+    configuration chooses that path only together with an optimizer that cannot reduce once per step; so the attributes are set
+    here."""
     zero.gradient_accumulation_dtype = torch.float32
     zero.use_separate_grad_accum = True
     zero.use_grad_accum_attribute = True

@@ -1,4 +1,5 @@
-"""What every model family offers, in the convention t = 0 noise, t = 1 image, v = image - noise."""
+"""The contract that every model family fulfils, in this project's convention: t = 0 is noise, t = 1 is the image, and the
+velocity is v = image - noise. Shapes: B batch, C channels, h x w latent."""
 
 from __future__ import annotations
 
@@ -26,25 +27,27 @@ from dopsd_fast.storage.digests import digest
 OTHER_SCHEDULES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "shift_terminal")
 
 WIDE = 2048
-"""Transformers from this width on are taken for published ones, whose sizes are known; smaller ones for somebody's own."""
+"""Transformers of at least this width are taken to be published ones, whose sizes are known and checked. Smaller ones are taken
+to be somebody's own, of any size."""
 
 
 class Family(ABC):
-    """One pipeline folder, seen through its family's eyes. Nothing heavy is read before a `load_*` method is called."""
+    """One pipeline folder, read as a model of this family. The constructor reads configuration files only; weights are read
+    when a `load_*` method is called. Raises UserError for a folder or a setting that the family cannot take."""
 
     name: ClassVar[str]
     pipeline_class: ClassVar[str]
     transformer_class: ClassVar[str]
     vae_class: ClassVar[str]
     contexts: ClassVar[tuple[str, ...]]
-    """Accepted values of `conditioning.context`; the first is what "auto" means."""
+    """Accepted values of `conditioning.context`. "auto" means the first of them."""
     deployment_steps: ClassVar[int]
-    """Function evaluations of ordinary sampling."""
+    """How many steps, each one function evaluation, ordinary sampling takes."""
     guidance_scale: ClassVar[float]
-    """What the pipeline must be called with to sample without classifier-free guidance."""
+    """The value of the pipeline's `guidance_scale` that samples without classifier-free guidance."""
     thinking: ClassVar[bool]
     hidden_layers: ClassVar[tuple[int, ...]]
-    """Which hidden states of the text encoder make a text context."""
+    """The layers of the text encoder whose hidden states make a text context."""
 
     def __init__(self, path: Path, conditioning: ConditioningSettings):
         self.path = path
@@ -69,8 +72,8 @@ class Family(ABC):
     # ---- which model it is -----------------------------------------------------------------------------------------
 
     def check_variant(self, allowed: Sequence[str]) -> list[str]:
-        """What makes this folder another model than the few-step one that the family deploys, a line each, all of it allowed
-        by `model.allow`. UserError for what is not. Reads configuration files alone."""
+        """Lists, one line each, why this folder is not the few-step model that the family deploys. Every reason that is listed
+        is allowed by `allowed` (`model.allow`); raises UserError for the others. Only configuration files are read."""
         try:
             found = list(self._variants())
         except (TypeError, ValueError) as error:
@@ -88,18 +91,21 @@ class Family(ABC):
 
     @abstractmethod
     def _variants(self) -> Iterator[tuple[str, str]]:
-        """(value of `model.allow`, reason) for everything that is otherwise than in the model that the family deploys."""
+        """Yields (the value of `model.allow` that allows it, the reason) for each difference from the model that the family
+        deploys."""
 
     # ---- geometry and schedule -------------------------------------------------------------------------------------
 
     @property
     def pixel_multiple(self) -> int:
-        """Image sides are multiples of this: the VAE's reduction times the transformer's 2x2 patch."""
+        """The number of pixels that both image sides must be multiples of: the VAE's reduction times the transformer's 2x2
+        patch."""
         return 2 * 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latent of a height x width pixel image; `UserError` for a size the model cannot take."""
+        """Returns (C, h, w) of the latent of an image of height x width pixels. Raises UserError for a size that the model
+        cannot take."""
 
     def _check_size(self, height: int, width: int) -> None:
         if height < 1 or width < 1 or height % self.pixel_multiple or width % self.pixel_multiple:
@@ -107,56 +113,63 @@ class Family(ABC):
 
     @abstractmethod
     def _model_shift(self, steps: int, latent_shape: tuple[int, ...]) -> float:
-        """The scheduler's own shift s of sigma' = s*sigma / (1 + (s-1)*sigma)."""
+        """Returns the shift s that the model's own scheduler applies: sigma' = s*sigma / (1 + (s-1)*sigma)."""
 
     def train_grid(self, num_states: int, shift: float, latent_shape: tuple[int, ...]) -> list[float]:
-        """t_0 = 0 .. t_K = 1 (K + 1 values) at static `shift`; 0 means the model's own scheduler."""
+        """Returns the K + 1 times t_0 = 0 .. t_K = 1 of a trajectory with K = `num_states`. Their spacing follows `shift`, or
+        the model's own scheduler where it is 0."""
         return shifted_grid(num_states, shift or self._model_shift(num_states, latent_shape))
 
     def sample_grid(self, steps: int, latent_shape: tuple[int, ...]) -> list[float]:
-        """The pipeline's grid when called with sigmas 1, 1 - 1/steps, .., 1/steps; 0 steps: the usual count."""
+        """Returns the times that the pipeline goes through when it is called with sigmas 1, 1 - 1/steps, .., 1/steps. Where
+        `steps` is 0, `deployment_steps` is used."""
         return self.train_grid(steps or self.deployment_steps, 0.0, latent_shape)
 
     @abstractmethod
     def largest_contexts(self, latent: tuple[int, int, int]) -> tuple[TensorShapes, TensorShapes]:
-        """Shapes of the longest student and teacher context that the settings allow, beside a latent (C, h, w)."""
+        """Returns the shapes of the longest student context and the longest teacher context that the settings allow for a
+        latent (C, h, w)."""
 
     # ---- transformer -----------------------------------------------------------------------------------------------
 
     lora_kinds: ClassVar[dict[str, str]]
-    """Kind of matrix -> regular expression that finds it in a linear layer's name; the first that fits decides."""
+    """Maps each kind of matrix to a regular expression, which is searched for in a linear layer's name. The first kind that
+    fits is the layer's."""
 
     @property
     @abstractmethod
     def lora_targets(self) -> tuple[str, ...]:
-        """Module names (or their endings) that LoRA adapts unless `adapter.targets` says otherwise."""
+        """The names, or ends of names, of the linear layers that LoRA adapts unless `adapter.targets` names others."""
 
     def load_transformer(self, dtype: torch.dtype) -> nn.Module:
-        """The transformer in `dtype`, eval mode, on CPU, from (sharded) safetensors; never a second copy in memory."""
+        """Loads the transformer onto the CPU, in `dtype` and in eval mode, from one or several safetensors files. There is
+        never a second copy of the weights in memory."""
         return load_pretrained(
             diffusers_class(self.transformer_class), self.path / "transformer", torch_dtype=dtype, low_cpu_mem_usage=True
         ).requires_grad_(True)
 
     def meta_transformer(self) -> Any:
-        """The same model on the meta device, from its config alone."""
+        """Builds the same model on the meta device, from its configuration alone, without memory for weights."""
         with torch.device("meta"):
             return diffusers_class(self.transformer_class).from_config(self.transformer_config).eval()
 
     @abstractmethod
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, contexts: Sequence[Context]) -> Tensor:
-        """v `[B, C, h, w]` at states `x` `[B, C, h, w]`, times `t` `[B]` in [0, 1]; one context per item.
+        """Returns the velocity v `[B, C, h, w]` at the states x `[B, C, h, w]` and the times t `[B]` in [0, 1], with one
+        context per item.
 
-        Computed in the transformer's dtype, returned in x's. Items may have contexts of unequal length.
+        It is computed in the transformer's dtype and returned in x's. Items may have contexts of unequal length.
         """
 
     def pair_forward(
         self, modules: dict[str, Any], adapters: dict[str, str], activations: str, attention: str, fp8: str
     ) -> PairForward | None:
-        """What computes the velocities of several branches at once (see `pair.contract`), or None
-        where the family has none: then the branches run one after the other through `velocity`.
+        """Returns the module that computes the velocities of several branches at once (see `pair.contract`). A family without
+        one returns None, and its branches run one after the other through `velocity`.
 
-        modules: a transformer for each branch, the same one where only adapters differ; adapters: the name of each branch's
-        adapter; activations, attention, fp8: the settings of these names under `train`."""
+        modules: each branch's transformer; the same one for all branches that differ only in their adapter.
+        adapters: the name of each branch's adapter.
+        activations, attention, fp8: the settings of these names under `train`."""
         return None
 
     # ---- latents and pixels ----------------------------------------------------------------------------------------
@@ -166,7 +179,7 @@ class Family(ABC):
 
     @torch.no_grad()
     def decode(self, vae: Any, latents: Tensor) -> list[Image.Image]:
-        """PIL images of latents `[B, C, h, w]` (at t = 1), one by one."""
+        """Decodes latents `[B, C, h, w]` of t = 1 to B images. The VAE takes one latent at a time, to need less memory."""
         images: list[Image.Image] = []
         for latent in latents.to(vae.device, vae.dtype).split(1):
             pixels = vae.decode(self._to_vae(vae, latent), return_dict=False)[0]
@@ -175,18 +188,19 @@ class Family(ABC):
 
     @torch.no_grad()
     def encode_image(self, vae: Any, image: Image.Image) -> Tensor:
-        """x_1 `[C, h, w]` of an image whose sides are multiples of `pixel_multiple`: the VAE's mode, normalised."""
+        """Returns x_1 `[C, h, w]` of an image: the mode of the VAE's distribution, normalised as the transformer expects it.
+        Raises UserError where a side of the image is no multiple of `pixel_multiple`."""
         self._check_size(image.height, image.width)
         pixels = self._image_processor().preprocess(image).to(vae.device, vae.dtype)
         return self._from_vae(vae, vae.encode(pixels).latent_dist.mode())[0]
 
     @abstractmethod
     def _from_vae(self, vae: Any, latent: Tensor) -> Tensor:
-        """The VAE's latent -> the transformer's normalised one."""
+        """Converts the VAE's latent to the normalised one that the transformer reads."""
 
     @abstractmethod
     def _to_vae(self, vae: Any, latent: Tensor) -> Tensor:
-        """Inverse of `_from_vae`."""
+        """Converts a normalised latent back to the VAE's. It is the inverse of `_from_vae`."""
 
     def _image_processor(self):
         from diffusers.image_processor import VaeImageProcessor
@@ -196,7 +210,7 @@ class Family(ABC):
     # ---- conditioning ----------------------------------------------------------------------------------------------
 
     def load_encoders(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Encoders:
-        """The frozen encoders; each is read when first asked for."""
+        """Returns the frozen encoders. Each is read from the disk when it is first used."""
         return Encoders(self, torch.device(device), dtype)
 
     @abstractmethod
@@ -207,7 +221,8 @@ class Family(ABC):
 
     @abstractmethod
     def _teacher_parts(self) -> tuple[list[Path], dict[str, Any]]:
-        """Folders and settings that decide a teacher context, beyond what decides a student context."""
+        """Returns the folders and the settings that decide a teacher context in addition to those that decide a student
+        context."""
 
     @property
     def vlm_folder(self) -> Path:
@@ -215,7 +230,8 @@ class Family(ABC):
         return embedded(given, "pipeline") if given else self.path / "vlm"
 
     def fingerprint(self, kind: str, dtype: torch.dtype = torch.float32) -> str:
-        """Content hash of everything but the record that decides contexts of `kind` (student | teacher | latents)."""
+        """Returns a hash of everything except the record that decides values of `kind` ("student" or "teacher" contexts, or
+        "latents"): the encoders' files, by content, the precision and the settings."""
         if (kind, dtype) not in self._fingerprints:
             text = [self.path / "text_encoder", self.path / "tokenizer"], {"tokens": self.conditioning.max_text_tokens}
             if kind == "student":

@@ -15,7 +15,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         transformer=dict(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680,
                          guidance_embeds=False),
     ),
-}  # fmt: skip
+}
 """Where they differ from diffusers' defaults. Both have a VAE that halves the sides three times."""
 
 

@@ -1,12 +1,12 @@
-"""How much memory a training step's activations take, measured by running it on the meta device.
+"""Measures how much memory the activations of a training step take, by running the step on the meta device.
 
     trace = LiveBytes()
     with trace:
         loss = step()
-    trace.peak, trace.live          # bytes of the storages that were, or are, alive
+    trace.peak, trace.live          # most bytes that were alive at once, and the bytes that are alive now
 
-Nothing is computed and nothing allocated; a storage counts from the operator that makes it until its last tensor is gone.
-What lived before, the weights, is not counted. A full-size model takes a second or two.
+The meta device computes nothing and allocates nothing. A storage counts from the operator that makes it until its last tensor
+is gone; storages that were there before, such as the weights, do not count. A full-size model takes a second or two.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ from dopsd_kernels import backend, native_ops
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes on the device beside the weights.
+    """The bytes that a step needs on the device beside the weights.
 
-    kept: alive from the last forward to its backward; of all K states where their graphs wait for each other
-    (gather=sweep, method.backward=k_graphs). gradients: of parameters, the most there are while states are computed. forward:
-    most alive until the first backward. peak: most alive at any time, all of these included. resident: what stays after
-    the step, 8-bit copies of frozen matrices."""
+    kept: what is alive when the first backward begins. That is one state's graph, or the graphs of all K states where they wait
+        for each other (gather=sweep, method.backward=k_graphs).
+    gradients: the most that parameters' gradients take while states are computed.
+    forward: the most that is alive before the first backward.
+    peak: the most that is alive at any time, including all of the above.
+    resident: what stays after the step, which is the 8-bit copies of frozen matrices."""
 
     kept: int
     gradients: int
@@ -52,7 +54,7 @@ class Activations:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Sums the bytes of the meta device's storages that appear while it is on, and that still live."""
+    """Counts the bytes of the meta device's storages that are made while this mode is on and are still alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,14 +85,17 @@ class LiveBytes(TorchDispatchMode):
 
 
 def id_of(tensor: Tensor) -> int:
+    """Identifies a tensor's storage, which several tensors may share."""
     return tensor.untyped_storage()._cdata
 
 
 @contextmanager
 def on_meta(bodies: bool) -> Iterator[None]:
-    """What reads values gets zeros, and attention is a fused kernel: without it, the meta device would choose the one that
-    stores a whole attention matrix. `bodies`: our own operators count by what their plain PyTorch does inside, else by
-    their results, as where they are one kernel."""
+    """Makes a step run on the meta device. Code that reads values gets zeros. Attention is torch's fused kernel, because the
+    meta device would otherwise choose the one that stores a whole attention matrix.
+
+    bodies: count the tensors that the plain PyTorch versions of our operators make inside. Otherwise only the operators'
+        results count, as where each is one kernel."""
     traced = mock.patch.object(backend, "_traced", lambda arguments: False) if bodies else nullcontext()
     with (
         traced,
@@ -108,15 +113,15 @@ def _zeros(tensor: Tensor) -> Any:
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0,
-               is_causal: bool = False, scale: float | None = None, **_: Any) -> Tensor:  # fmt: skip
+               is_causal: bool = False, scale: float | None = None, **_: Any) -> Tensor:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )[0]
 
 
 def largest_shapes(family: Family, settings: Settings) -> Shapes:
-    """The most tokens that the settings allow: the largest bucket, the longest prompts. UserError for a size that the model
-    cannot take."""
+    """Returns the shapes with the most tokens that the settings allow: the largest bucket and the longest contexts. Raises
+    UserError for a size that the model cannot take."""
     sizes = bucket_sizes(settings.data.resolution, family.pixel_multiple)
     latent = family.latent_shape(*max(sizes, key=lambda size: size[0] * size[1]))
     return Shapes(latent, *family.largest_contexts(latent))
@@ -126,19 +131,22 @@ def largest_shapes(family: Family, settings: Settings) -> Shapes:
 
 
 def meta_pair(family: Family, settings: Settings) -> Pair:
-    """The pair as `build_pair` makes it, without memory."""
+    """Builds the pair as `build_pair` does, on the meta device and so without memory for weights."""
     model = family.meta_transformer()
     without = SimpleNamespace(
         name=family.name, lora_targets=family.lora_targets, pair_forward=family.pair_forward, velocity=family.velocity,
         load_transformer=lambda dtype: nn.Module.to(model, dtype).requires_grad_(True),
-    )  # fmt: skip
+    )
     dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
     return build_pair(without, settings, dtype)  # type: ignore[arg-type]
 
 
 def measure(family: Family, settings: Settings, shapes: Shapes, gather: str | None, kind: str = "cuda") -> Activations:
-    """`gather`: as `Pair.gather`. `kind`: of the machine; on a CPU we have no kernels for bf16. One or two states are traced,
-    the others follow from them."""
+    """Measures the activations of a step with the largest `shapes`. One or two states are traced; where more graphs wait for
+    each other, each further state adds what the second added.
+
+    gather: as `Pair.gather`. kind: the machine's ("cuda", "cpu"). On a CPU without native kernels for the weights' dtype, such
+        as bf16, the plain PyTorch versions run, and their inner tensors count."""
     pair = meta_pair(family, settings)
     pair.gather = gather
     bodies = kind == "cpu" and not native_ops.usable(torch.empty(1, dtype=next(pair.parameters()).dtype))
@@ -151,7 +159,8 @@ def measure(family: Family, settings: Settings, shapes: Shapes, gather: str | No
 
 
 def _states(family: Family, settings: Settings, shapes: Shapes, pair: Pair, states: int, bodies: bool) -> list[int]:
-    """Of one micro-batch, or of two where gradients are accumulated: the second finds those of the first."""
+    """Traces a step of `states` states and returns the fields of `Activations` in their order. Where gradients are accumulated
+    it traces two micro-batches, because the second runs beside the gradients of the first."""
     batch = settings.train.batch_size
     dtype = next(pair.student.parameters()).dtype
     objective, live = make_objective(settings.method), LiveBytes()
@@ -188,7 +197,7 @@ def _states(family: Family, settings: Settings, shapes: Shapes, pair: Pair, stat
                 latents=latents[1] if objective.needs_latents else None,
                 times=torch.empty(batch, device="meta") if objective.needs_times else None,
                 second_noise=latents[0] if objective.draws else None,
-            )  # fmt: skip
+            )
             objective.accumulate(inputs, backward)
         peak = live.peak
         del inputs

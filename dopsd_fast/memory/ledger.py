@@ -1,8 +1,8 @@
-"""What a rank holds from moment to moment of a run: sizes of weights, and of all that is made of them.
+"""Counts the bytes that a rank holds at each moment of a run: weights, and everything that is made of them.
 
-A run passes through moments (loading, forward and backward, reduction, optimizer step). Each holds what stays for good and
-what it needs by itself; the peak is that of the fullest. Every term is a tensor that this program, DeepSpeed or gloo
-allocates; the names of DeepSpeed's are those of version 0.19.
+A run passes through moments: loading, forward and backward, reduction, optimizer step. At each moment a rank holds the tensors
+that stay for the whole run and those that this moment needs; the peak is that of the fullest moment. Every term is a tensor
+that this program, DeepSpeed or gloo allocates. Names of DeepSpeed's settings are those of version 0.19.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from dopsd_fast.method.registry import make_objective
 from dopsd_fast.settings.schema import Settings
 
 CONTEXT = 1_000_000_000
-"""Bytes of a GPU that no tensor uses: the CUDA context with its kernels (about 0.5 GB), cuBLAS's workspaces, NCCL's buffers."""
+"""Bytes of a GPU that are in use outside of tensors: the CUDA context with its kernels (about 0.5 GB), cuBLAS's workspaces and
+NCCL's buffers."""
 PROCESS = 600_000_000
-"""Bytes of CPU memory of a process that has loaded torch, DeepSpeed, diffusers and PEFT."""
+"""Bytes of CPU memory that a process takes once it has loaded torch, DeepSpeed, diffusers and PEFT."""
 ALL_REDUCE = 500_000_000
-"""Elements after which DeepSpeed's plain data parallelism (stage 0) ends a bucket."""
+"""Number of elements after which stage 0 ends a bucket (`plain_engine.BUCKET`)."""
 
 KINDS = ("weights", "gathered weights", "gather buffers", "masters", "moments", "EMA", "gradients", "reduce buffers",
-         "activations for backward", "working memory", "transfer buffers", "CUDA context", "Python and libraries")  # fmt: skip
+         "activations for backward", "working memory", "transfer buffers", "CUDA context", "Python and libraries")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`device_bytes`: of one GPU. `host_bytes`: of a node's CPU memory; None: not limited. kind: "cuda", or "cpu", where
-    what a GPU would hold is in the node's memory too."""
+    """The machine that a plan is made for. kind: "cuda", or "cpu", where the node's memory also holds what a GPU would hold.
+    device_bytes: memory of one GPU. host_bytes: CPU memory of one node. None means that there is no limit."""
 
     ranks: int
     ranks_per_node: int
@@ -53,7 +54,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Moment:
-    """Bytes by kind on one rank at one time."""
+    """The bytes on one rank at one moment, by kind (see KINDS)."""
 
     name: str
     device: Counter[str]
@@ -61,7 +62,7 @@ class Moment:
 
 
 def _host_memory() -> int:
-    """Bytes of the node, or of the container that this process may use."""
+    """Returns the bytes of the node's memory, or of the part that the container lets this process use."""
     total = psutil.virtual_memory().total
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         limit = Path(name).read_text().strip() if Path(name).is_file() else "max"
@@ -69,15 +70,22 @@ def _host_memory() -> int:
             total = min(total, int(limit))
     return total
 
+
 # ---- what the model is made of -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Elements. trained: of each trained tensor; teacher: of the teacher's counterpart of each, if any; other: of each frozen
-    tensor. units: student and teacher weights of each fetch unit,
-    adapter_units: its adapters alone; swept: the student's alone, of those that gather=sweep
-    gathers again. model: of the transformer without adapters; summed: trained ones whose gradients are summed in one piece."""
+    """How many elements the tensors of a pair have, counted from the model on the meta device.
+
+    item: bytes of an element of the weights.
+    trained: elements of each trained tensor. teacher: of the teacher's tensor for each, where there is one. other: of each
+        remaining frozen tensor.
+    units: elements of each fetch unit, student and teacher together. adapter_units: of the adapters in each.
+    swept: trained elements of each unit that gather=sweep gathers a second time.
+    model: elements of the transformer without adapters.
+    summed: elements of the trained tensors whose gradients `GradientSums` keeps in one allocation.
+    fused: whether the family has a pair forward and it is used."""
 
     item: int
     trained: list[int]
@@ -121,7 +129,7 @@ def sizes_of(family: Family, settings: Settings) -> Sizes:
         swept,
         sum(p.numel() for name, p in pair.student.named_parameters() if ".lora_" not in name),
         summed, pair.fused is not None,
-    )  # fmt: skip
+    )
 
 
 def _opened(module: torch.nn.Module) -> list[torch.nn.Module]:
@@ -129,7 +137,8 @@ def _opened(module: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def shard(sizes: Sequence[int], ranks: int) -> int:
-    """Elements that a rank holds where each tensor is divided by itself, padded to whole shares."""
+    """Returns how many elements a rank holds where each tensor is divided among the ranks by itself, and padded so that all
+    shares are equal."""
     return sum(-(-size // ranks) for size in sizes)
 
 
@@ -138,19 +147,23 @@ def shard(sizes: Sequence[int], ranks: int) -> int:
 
 @dataclass
 class Ledger:
-    """What stays, and the moments so far."""
+    """Collects moments. `device` and `host` count the bytes, by kind, that stay from now on; `moments` lists the moments so
+    far."""
 
     device: Counter[str] = field(default_factory=Counter)
     host: Counter[str] = field(default_factory=Counter)
     moments: list[Moment] = field(default_factory=list)
 
     def moment(self, name: str, device: dict[str, int] | None = None, host: dict[str, int] | None = None) -> None:
+        """Adds a moment, which holds what stays and, beside it, `device` and `host`."""
         self.moments.append(Moment(name, self.device + Counter(device or {}), self.host + Counter(host or {})))
 
 
 @dataclass(frozen=True)
 class Run:
-    """One arrangement whose moments are wanted."""
+    """One arrangement of a run, whose moments and network traffic are counted.
+
+    activations: measured by `activations.measure`. gather: as `Pair.gather`. zero: zero_optimization of DeepSpeed's dict."""
 
     settings: Settings
     machine: Machine
@@ -169,12 +182,12 @@ class Run:
 
     @property
     def whole_base(self) -> bool:
-        """ZeRO-3 leaves the frozen weights of an adapter whole."""
+        """Tells whether each rank holds the whole frozen base. With adapters, gather=step and sweep do not shard it."""
         return self.gather != "unit" and self.settings.adapter.kind == "lora"
 
     @property
     def gloo(self) -> bool:
-        """Collectives of CPU ranks: the thread that runs them keeps the tensors of the last one until the next."""
+        """Tells whether collectives run on gloo. Its thread keeps the tensors of the last collective until the next."""
         return self.machine.kind == "cpu" and self.machine.ranks > 1
 
     @property
@@ -183,10 +196,11 @@ class Run:
 
     @property
     def bucket(self) -> int:
-        """Elements of the reduce bucket that are used."""
+        """Counts the elements of the reduce bucket that are used."""
         return min(int(self.zero.get("reduce_bucket_size", 500_000_000)), self.total)
 
     def moments(self) -> list[Moment]:
+        """Lists the moments of the run, from loading to the optimizer step."""
         ledger, sizes = Ledger(), self.sizes
         ledger.host["Python and libraries"] = PROCESS
         if self.machine.kind == "cuda":
@@ -201,9 +215,9 @@ class Run:
     # ---- common to several stages
 
     def _state(self, ledger: Ledger, numel: int) -> None:
-        """The optimizer's tensors for `numel` parameters."""
+        """Adds the optimizer's tensors for `numel` parameters to those that stay."""
         low_bits = self.settings.train.masters == "low_bits" and self.settings.deepspeed.stage == 0
-        separate = self.settings.deepspeed.stage > 0 or self.sizes.item < 4  # else the weights are the masters
+        separate = self.settings.deepspeed.stage > 0 or self.sizes.item < 4  # otherwise the weights are the masters
         kinds = {
             "masters": (2 if low_bits else 4) * numel if separate else 0,
             "moments": 8 * numel,
@@ -215,19 +229,19 @@ class Run:
         from dopsd_fast.distributed.offload import host_bytes
 
         held = host_bytes(numel, self.sizes.item, self.ema)
-        used = (1 + self.ema) * self.sizes.item * numel  # of buffers that are not pinned, no more pages than are written to
+        used = (1 + self.ema) * self.sizes.item * numel  # unpinned buffers take only the pages that are written
         staging = held["staging"] if self.machine.kind == "cuda" else min(held["staging"], used)
         ledger.host.update(kinds | {"gradients": held["gradients"], "transfer buffers": staging})
 
     def _working(self) -> dict[str, int]:
-        """While a state is computed and back-propagated. Where gradients and kept activations are not all there at once, the
-        gradients come later."""
+        """Counts what is held while a state is computed and back-propagated, at its peak. Gradients that do not fit below the
+        peak beside the kept activations are left out, because they appear only as those activations are freed."""
         a = self.activations
         gradients = min(a.gradients, a.peak - a.kept)
         return {"activations for backward": a.kept, "gradients": gradients, "working memory": a.peak - a.kept - gradients}
 
     def _forward(self) -> dict[str, int]:
-        """Before the first backward."""
+        """Counts what is held before the first backward."""
         a = self.activations
         return {"activations for backward": a.kept, "working memory": a.forward - a.kept}
 
@@ -239,18 +253,18 @@ class Run:
         ledger.device["weights"] = sizes.item * sum(sizes.everything)
         if self.settings.deepspeed.stage and self.offload:
             largest = sizes.item * max(sizes.trained)
-            ledger.device["reduce buffers"] += largest  # DeepSpeed's staging for one gradient, on both sides
+            ledger.device["reduce buffers"] += largest  # DeepSpeed stages one gradient on the device and on the host
             ledger.host["reduce buffers"] += largest
         self._state(ledger, part)
-        if self.settings.deepspeed.stage:  # student and teacher are laid out anew, one after the other
+        if self.settings.deepspeed.stage:  # student and teacher are copied to flat tensors, one after the other
             ledger.moment("starting the engine", {"weights": sizes.item * total})
         ledger.moment("forward and backward", self._working())
         if self.settings.deepspeed.stage == 0:
-            flat = min(total, ALL_REDUCE + max(sizes.trained))  # a bucket is flattened
+            flat = min(total, ALL_REDUCE + max(sizes.trained))  # a bucket is copied to one flat tensor
             ledger.moment("reducing gradients", {"gradients": 4 * total, "reduce buffers": 4 * flat})
             return
-        # Gradients are copied into a bucket, a bucket into the flat tensor that is reduced; sums lie in one piece, which
-        # goes with the last of them. What this rank keeps of the result is gathered in a partition.
+        # Gradients are copied into a bucket, and a full bucket into the flat tensor that is reduced. The gradient sums lie
+        # in one allocation, which is freed with the last of them. This rank's part of the result is collected in a partition.
         bucket = self.bucket if self.machine.kind == "cpu" else int(self.zero.get("reduce_bucket_size", 500_000_000))
         several = total > self.bucket
         kept = 0 if self.offload and sizes.item == 4 else 4 * part
@@ -258,12 +272,12 @@ class Run:
         filled = total if several or not sizes.summed else sizes.summed
         filling = {"gradients": 4 * filled + (kept if several else 0), "reduce buffers": 4 * bucket}
         ledger.moment("filling the bucket", filling)
-        early = kept if several or sizes.item < 4 else 0  # fp32 gradients are put there after the first reduction
+        early = kept if several or sizes.item < 4 else 0  # fp32 gradients go into the partition after the first reduction
         reducing = {"gradients": waiting + early, "reduce buffers": 4 * (bucket + self.bucket)}
         ledger.moment("reducing gradients", reducing)
         flattened = 4 * part if sizes.item == 4 and not self.offload else 0
         ledger.moment("optimizer step", {"gradients": kept + flattened})
-        if self.ema:  # the gather's input, and with gloo its output
+        if self.ema:  # the gather needs its input and, with gloo, its output
             out = sizes.item * total if self.machine.kind == "cpu" else 0
             ledger.moment("gathering weights", {"gather buffers": sizes.item * part + out})
 
@@ -276,14 +290,14 @@ class Run:
         place["weights"] += item * shard(sharded, ranks)
         ledger.device["weights"] += item * (sum(sizes.other) if self.whole_base else 0)
         part = shard(sizes.trained, ranks)
-        ledger.moment("starting the engine", host={"weights": item * part})  # defragmented by way of the host
+        ledger.moment("starting the engine", host={"weights": item * part})  # DeepSpeed defragments through the host
         self._state(ledger, part)
         if not self.offload:
-            ledger.device["gradients"] += 4 * part  # the reduced ones
+            ledger.device["gradients"] += 4 * part  # the reduced gradients
         if self.machine.kind == "cuda":
             ledger.device["reduce buffers"] += 4 * int(self.zero.get("reduce_bucket_size", 500_000_000))
         if self.machine.kind == "cpu":
-            ledger.device["reduce buffers"] += 4 * self.bucket  # is there from the start, in use from the first reduction
+            ledger.device["reduce buffers"] += 4 * self.bucket  # allocated at the start, used from the first reduction on
         gathered = sum(sharded) if ranks > 1 else 0
         near = int(self.zero.get("zero_hpz_partition_size", 1))
         second = {"weights": item * shard(sharded, near)} if near > 1 else {}
@@ -293,7 +307,8 @@ class Run:
             ledger.moment("optimizer step", {"gradients": 4 * flat, **second})
 
     def _reduction(self, waiting: int) -> dict[str, int]:
-        """fp32 gradients `waiting` beside a bucket that is being reduced: its copy in the ranks' order, and gloo's copy."""
+        """Counts what a reduction holds: the part of `waiting` fp32 gradients outside the bucket, the bucket's copy in the
+        ranks' order and, on gloo, gloo's own copy."""
         return {"gradients": 4 * max(0, waiting - self.bucket), "reduce buffers": 4 * self.bucket * (2 if self._clones else 1)}
 
     @property
@@ -301,7 +316,8 @@ class Run:
         return self.machine.kind == "cpu"
 
     def _first_forward(self, ledger: Ledger, weights: dict[str, int], states: int) -> None:
-        """A unit is gathered flat, then cut into parameters; the next one, on its way, is flat only."""
+        """Adds the first forward. A unit arrives as one flat tensor, which is then cut into parameters; the next unit, which is
+        on its way, needs only its flat tensor."""
         units = self.sizes.adapter_units if self.whole_base else self.sizes.units
         flight = max(units, default=0) if any(weights.values()) else 0
         forward = {kind: size // states for kind, size in self._forward().items()}
@@ -320,7 +336,7 @@ class Run:
         swept = self.sizes.item * max(self.sizes.swept, default=0) if gathered else 0
         weights = {"gathered weights": swept, "gather buffers": swept}
         backwards = Counter(second) + Counter(weights | self._working())
-        several = self.total > self.bucket  # then a bucket is reduced while states wait
+        several = self.total > self.bucket  # then a bucket is reduced while states wait for their backward
         ledger.moment("backwards", backwards + Counter(self._reduction(0) if several else {}))
         ledger.moment("reducing gradients", self._reduction(0))
 
@@ -333,7 +349,7 @@ class Run:
         live = min(gathered, max(most, max(sizes.units, default=0)) + persistent)
         flat = item * min(ahead, gathered)
         weights = {"gathered weights": item * live}
-        # What is gathered ahead is flat at first, and has made no activations yet; gloo holds on to the last of it.
+        # Units that are gathered ahead are flat at first and have made no activations yet. Gloo keeps the last of them.
         done = 1 - min(ahead, gathered) / max(gathered, 1)
         forward = {kind: int(done * size) for kind, size in self._forward().items()}
         ledger.moment("first forward", weights | {"gather buffers": flat} | forward)
@@ -345,13 +361,13 @@ class Run:
     # ---- what goes over the network in a step
 
     def traffic(self) -> tuple[float, int, int]:
-        """(gathers of the whole model without adapters, bytes gathered, bytes reduced) of one rank. A gather counts by the
-        names of the weights in it: student and teacher together are one."""
+        """Returns what one rank sends and receives in a step: (gathers of the whole model without adapters, bytes gathered,
+        bytes reduced). Gathering student and teacher together counts as one gather."""
         sizes, s, ranks = self.sizes, self.settings, self.machine.ranks
-        away = (ranks - 1) / ranks  # of everything: the rest is its own
+        away = (ranks - 1) / ranks  # the share of each tensor that lies on other ranks
         full = s.adapter.kind == "full"
         reduced = int(4 * self.total * away)
-        if s.deepspeed.stage < 3:  # all-reduce: there and back
+        if s.deepspeed.stage < 3:  # an all-reduce moves the gradients twice
             times = (1 + self.ema) if s.deepspeed.stage and ranks > 1 else 0
             return float(times * full), int(times * sizes.item * self.total * away), 2 * reduced
         if ranks == 1:
@@ -365,7 +381,7 @@ class Run:
             again = min(sum(sizes.swept), sizes.model)
             return 1 + again / sizes.model, int((everything + item * again) * away), reduced
         limits = [int(float(self.zero.get(f"stage3_max_{name}", 1e9))) for name in ("live_parameters", "reuse_distance")]
-        if sum(sizes.everything) <= min(limits):  # DeepSpeed keeps what it will need again soon
+        if sum(sizes.everything) <= min(limits):  # DeepSpeed keeps weights that it needs again soon
             return 1.0, int(everything * away), reduced
         if sizes.fused:
             return 2.0 * states, int(2 * states * everything * away), reduced
@@ -374,5 +390,5 @@ class Run:
 
 
 def device_of(part: Any) -> str:
-    """Of an `offload_...` table of DeepSpeed."""
+    """Returns the device that an `offload_...` table of DeepSpeed names, or "none"."""
     return str(part.get("device", "none")) if isinstance(part, dict) else "none"

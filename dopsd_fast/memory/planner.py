@@ -1,4 +1,10 @@
-"""None"""
+"""Makes the memory plan: what each rank needs for given settings on a given machine, whether it fits, and what would.
+
+    plan = make_plan(settings, Machine.here(world, local_world, device))
+    plan.fits, plan.gather, plan.advice, plan.table()
+
+The bytes come from the ledger, and the activations in it from a step on the meta device. GB = 1e9 bytes.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +28,15 @@ from dopsd_fast.settings.schema import Settings
 GB = 1e9
 GATHERS = ("step", "sweep", "unit")
 
+
 @dataclass
 class Plan:
-    """`items`: kind -> (device, host) bytes at the worst moment of each. `gather`: with "auto" resolved. `gathered_bytes`,
-    `reduced_bytes`: what a rank gets and gives in a step. `advice`: one line, empty where it fits."""
+    """The memory plan of one run.
+
+    gather: the value of deepspeed.gather, with "auto" resolved at stage 3.
+    gathers_per_step, gathered_bytes, reduced_bytes: the network traffic of one rank in a step (see `Run.traffic`).
+    source: where the model's sizes come from.
+    advice: one line that says what would fit; empty where this fits."""
 
     settings: Settings
     machine: Machine
@@ -41,10 +52,11 @@ class Plan:
 
     @property
     def worst(self) -> Moment:
+        """The moment at which the device holds most."""
         return max(self.moments, key=lambda moment: self._device(moment))
 
     def _device(self, moment: Moment) -> int:
-        """On a CPU there is one memory for both."""
+        """Returns the bytes in the device's memory, which on a CPU is the host's memory too."""
         return moment.device.total() + (moment.host.total() if self.machine.kind == "cpu" else 0)
 
     @property
@@ -59,6 +71,7 @@ class Plan:
 
     @property
     def items(self) -> dict[str, tuple[int, int]]:
+        """Kind -> (bytes on the device, bytes on the host), each at the moment at which that memory is fullest."""
         fullest = max(self.moments, key=lambda moment: moment.host.total()) if self.machine.kind == "cuda" else self.worst
         found = {kind: (self.worst.device[kind], fullest.host[kind]) for kind in KINDS}
         return {kind: sizes for kind, sizes in found.items() if any(sizes)}
@@ -71,7 +84,7 @@ class Plan:
         return host and device
 
     def table(self) -> list[str]:
-        """What the trainer shows at its start, and the command prints."""
+        """Returns the lines that the trainer shows when it starts and that `python -m dopsd_fast.plan` prints."""
         m, s = self.machine, self.settings
         where = f"{m.ranks} {'GPU' if m.kind == 'cuda' else 'CPU rank'}{'s' if m.ranks > 1 else ''}"
         nodes = f" on {m.ranks // m.ranks_per_node} nodes" if m.ranks > m.ranks_per_node else ""
@@ -87,10 +100,10 @@ class Plan:
         host = "" if m.host_bytes is None else (
             f"{m.host_bytes / GB:.1f} GB a node, of which {m.ranks_per_node} rank{'s' * (m.ranks_per_node > 1)} "
             f"need{'s' * (m.ranks_per_node == 1)} {self.host_peak * m.ranks_per_node / GB:.1f}"
-        )  # fmt: skip
+        )
         given = ", ".join(part for part in (device, host) if part)
         lines.append(f"a step: {self.gathers_per_step:.2f} gathers of the whole model, {self.gathered_bytes / GB:.2f} GB "
-                     f"gathered and {self.reduced_bytes / GB:.2f} GB reduced by a rank")  # fmt: skip
+                     f"gathered and {self.reduced_bytes / GB:.2f} GB reduced by a rank")
         lines.append((f"fits ({given})" if self.fits else f"does not fit ({given}): {self.advice}") if given else "")
         return [line for line in lines if line]
 
@@ -103,11 +116,13 @@ def _gb(size: int) -> str:
 
 
 _traced: dict[str, Any] = {}
-"""What has been counted and traced, by everything that it depends on."""
+"""Caches counts and traces, which take seconds, under all settings that they depend on. The search for advice needs each many
+times."""
 
 
 class Planner:
-    """Plans of one model on one machine."""
+    """Makes plans of one model on one machine. `shapes`: the largest latents and contexts, or None to take the largest that the
+    settings allow. `source`: where the model's sizes come from."""
 
     def __init__(self, machine: Machine, family: Family, shapes: Shapes | None, source: str) -> None:
         self.machine, self.family, self.shapes, self.source = machine, family, shapes, source
@@ -120,7 +135,8 @@ class Planner:
         return _traced[text]
 
     def plan(self, settings: Settings, machine: Machine | None = None) -> Plan:
-        """Without advice. UserError where the settings contradict each other."""
+        """Returns the plan of `settings`, without advice. Where deepspeed.gather is "auto", it takes the first of step, sweep
+        and unit that fits, because that one gathers least. Raises UserError where the settings contradict each other."""
         for problem in contradictions(settings):
             raise UserError(f"impossible combination: {problem}")
         if settings.deepspeed.stage != 3:
@@ -154,7 +170,7 @@ class Planner:
         shapes = self.shapes or self._once(wanted, lambda: largest_shapes(self.family, settings))
         key = ["activations", machine.kind, shapes, settings.adapter, settings.method, settings.teacher.kind,
                settings.backbone, gather, traced.precision, traced.activations, traced.batch_size, traced.accumulation > 1,
-               traced.fp8]  # fmt: skip
+               traced.fp8]
         activations = self._once(key, lambda: measure(self.family, settings, shapes, gather, machine.kind))
         zero = deepspeed_config(settings).get("zero_optimization", {})
         run = Run(settings, machine, sizes, activations, gather, zero)
@@ -163,7 +179,8 @@ class Planner:
     # ---- what would fit
 
     def advice(self, settings: Settings) -> str:
-        """The change, written as on the command line, that makes it fit; the least harmful one first."""
+        """Returns a line with the smallest set of changes that makes the run fit, written as on the command line. Among sets of
+        one size, it takes the least harmful. Where not even four are enough, the line says what would be."""
         changes = list(_changes(settings, self.machine))
         for count in range(1, 5):
             for chosen in combinations(changes, count):
@@ -192,7 +209,7 @@ class Planner:
 
 
 def _changes(s: Settings, machine: Machine) -> Iterator[list[str]]:
-    """From the least harmful on."""
+    """Yields single changes that save memory, from the least harmful on."""
     steps = ("keep", "selective", "recompute")
     for activations in steps[steps.index(s.train.activations) + 1 :]:
         yield [f"train.activations={activations}"]
@@ -225,7 +242,8 @@ def _smaller_batch(s: Settings) -> list[str]:
 
 
 def changed(settings: Settings, words: Sequence[str]) -> Settings:
-    """A copy with "section.field=value" applied; inner tables of deepspeed.config are made as needed."""
+    """Returns a copy of `settings` with each "section.field=value" applied. Missing inner tables of deepspeed.config are
+    made."""
     copy = settings.model_copy(deep=True)
     for word in words:
         path, _, text = word.partition("=")
@@ -242,9 +260,11 @@ def changed(settings: Settings, words: Sequence[str]) -> Settings:
 
 
 def make_plan(settings: Settings, machine: Machine, family: Family | None = None, shapes: Shapes | None = None) -> Plan:
-    """The plan of `settings` on `machine`. `family`, `shapes`: known already; else read from the settings, with the longest
-    contexts and the largest bucket that they allow. UserError: settings that contradict each other, a model that is not
-    known."""
+    """Makes the plan of `settings` on `machine`, with advice where it does not fit.
+
+    family, shapes: given where they are known already. Otherwise the family is the one that the settings name, and the shapes
+    are the longest contexts and the largest bucket that they allow. Raises UserError for settings that contradict each other,
+    and for a model that is not known."""
     source = str(settings.model.path)
     if family is None:
         family, source = find_family(settings)
@@ -256,7 +276,8 @@ def make_plan(settings: Settings, machine: Machine, family: Family | None = None
 
 
 def find_family(settings: Settings) -> tuple[Family, str]:
-    """(family, where its architecture comes from): the model's folder, or where there is none the published one."""
+    """Returns (family, where its architecture comes from). The architecture is read from the model's folder; where there is no
+    folder, it is the published one of `model.family`."""
     model = settings.model
     if not model.folder.is_dir() and model.family in PUBLISHED:
         title = PUBLISHED[model.family]["title"]

@@ -1,11 +1,11 @@
 """What a family's pair forward offers, and who calls it when.
 
     layout          once a trajectory, by passes.FusedForward, for each branch: where its tokens lie
-    prepare         once a trajectory: what all states share, captions and references, refined
+    prepare         once a trajectory: what all states share: refined captions, reference images
     __call__        once a state: the velocities
     the rest        once, when the engine is built or a plan is made: which parameters are gathered, summed and swept
 
-The weights belong to diffusers' modules; a pair forward holds references to them and no parameters of its own.
+The weights belong to diffusers' modules. A pair forward refers to them and has no parameters of its own.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ class PairForward(Protocol):
     """Velocities of several branches at one state, side by side through the same kernels. An nn.Module."""
 
     hooked: bool
-    """DeepSpeed's own hooks gather the units (deepspeed.gather=unit): inputs must then require gradient."""
+    """Says that DeepSpeed's own hooks gather the units (deepspeed.gather=unit); their inputs must then require gradient."""
 
     def layout(self, contexts: Sequence[Context], height: int, width: int, device: torch.device) -> Any:
-        """Where the tokens of one branch lie, for one context per item and latents of height x width. What it is, is the
-        family's own affair: it is handed back to `prepare` and `__call__`."""
+        """Returns where the tokens of one branch lie, for one context per item and latents of height x width. Its type is the
+        family's own affair, because only the family's `prepare` and `__call__` read it."""
 
     def prepare(
         self, branches: Sequence[Branch], contexts: Sequence[Sequence[Context]], layouts: Sequence[Any], dtype: torch.dtype
     ) -> list[Tensor]:
-        """What depends on neither the time nor the latents, one tensor a branch, in `dtype`; the first with its graph."""
+        """Computes the features that depend on neither the time nor the latents, so that all states share them, and returns
+        one tensor a branch, in `dtype`. The first branch's tensor carries its graph."""
 
     def __call__(
         self,
@@ -49,24 +50,24 @@ class PairForward(Protocol):
         sums: GradientSums | None = None,
         tape: Tape | None = None,
     ) -> tuple[Tensor, ...]:
-        """v `[B, C, h, w]` of each branch at x `[B, C, h, w]` (the model's dtype), t `[B]`. sums: takes the gradients of the
-        blocks' parameters. tape: the graph ends at each unit of `state_path`, and waits there."""
+        """Returns v `[B, C, h, w]` of each branch at x `[B, C, h, w]` (in the model's dtype) and t `[B]`. sums: takes the
+        gradients of the blocks' parameters. tape: cuts the graph after each unit of `state_path` and keeps the pieces."""
 
     def summed_parameters(self, branch: Branch) -> list[Tensor]:
-        """The parameters whose gradients `__call__` can put into `sums`."""
+        """Lists the parameters whose gradients `__call__` can put into `sums`."""
 
     def gather_units(self) -> tuple[type[nn.Module], ...]:
-        """The classes of its submodules that ZeRO-3 gathers as a whole, because functions inside use the parameters
-        themselves."""
+        """Names the classes of submodules that ZeRO-3 gathers as a whole, because functions inside read the parameters of their
+        submodules without calling these."""
 
     def state_path(self) -> list[nn.Module]:
-        """The units that a state goes through before the last one, in order: where a tape cuts."""
+        """Lists the units that a state goes through before the last one, in order. A tape cuts after each."""
 
     def prepare_path(self) -> list[nn.Module]:
-        """The units that `prepare` goes through, in order."""
+        """Lists the units that `prepare` goes through, in order."""
 
     def describe(self) -> dict[str, str]:
-        """What was chosen, for the run's files: activations, attention, fp8, ops."""
+        """Names what was chosen, for the run's files: activations, attention, fp8, ops."""
 
     def modules(self) -> Any:
         """As nn.Module."""

@@ -1,4 +1,5 @@
-"""8-bit products with the frozen matrices of a pair forward: opt-in, because the numbers change (dopsd_kernels.fp8_linear)."""
+"""Multiplies with the frozen matrices of a pair forward in 8 bits. The user must ask for it, because it changes the numbers
+(see dopsd_kernels.fp8_linear). Shapes: T tokens, N outputs of a matrix."""
 
 from __future__ import annotations
 
@@ -16,15 +17,18 @@ matmul, quantise_rows = direct(fp8_matmul), direct(fp8_quantise_rows)
 
 
 class FrozenFp8:
-    """`which`: "teacher" (the branch that carries no gradient) or "frozen" (both). An 8-bit copy of a group of matrices that
-    share an input is made when the group is first used; the originals stay, for the backward pass."""
+    """Keeps 8-bit copies of frozen matrices. `which` (train.fp8) names the branches whose products use them: "teacher", the
+    branch that carries no gradient, or "frozen", both.
+
+    Matrices that share an input are copied together, when they are first used. The originals stay because backward multiplies
+    with them."""
 
     def __init__(self, which: str) -> None:
         self.which = which
         self._copies: dict[tuple[int, ...], Fp8Weight] = {}
 
     def check(self, weights: Iterable[Tensor]) -> None:
-        """UserError for a matrix that cannot be multiplied in 8 bits."""
+        """Raises UserError for a matrix that trains, or whose sides 8-bit products cannot take."""
         for weight in weights:
             if weight.requires_grad:
                 raise UserError(f"train.fp8={self.which}: the matrices train; only frozen ones can be 8-bit: use "
@@ -34,7 +38,8 @@ class FrozenFp8:
                                 f"multiples of {MULTIPLE}: use train.fp8=off")
 
     def project(self, x: Tensor, members: Sequence[Matrix], keep: bool) -> tuple[Tensor, Tensor]:
-        """As `pair_linear_fwd` for one branch: (y `[T, sum N]`, x A^T of all members, empty unless `keep`)."""
+        """Does for one branch what `pair_linear_fwd` does for two: returns y `[T, sum N]`, and x A^T of all members' adapters,
+        which is empty unless `keep` asks for it."""
         key = tuple(id(m.weight) for m in members)
         if key not in self._copies:
             self._copies[key] = Fp8Weight(torch.cat([m.weight.detach() for m in members]))

@@ -1,4 +1,6 @@
-"""The gradients of parameters, summed over the states of a trajectory and handed to autograd once."""
+"""Sums the gradients of parameters over the states of a trajectory, and hands each sum to autograd once.
+
+Shapes: S sequences, D width of the model, E width of a time's embedding."""
 
 from __future__ import annotations
 
@@ -11,16 +13,19 @@ from torch import Tensor
 from dopsd_kernels.pair_linear_accumulate import pair_linear_accumulate
 
 PIECE = 1 << 27
-"""Elements of one allocation of sharded parameters' sums."""
+"""Most elements in one allocation for the sums of sharded parameters: 0.5 GB of fp32."""
 
 
 class GradientSums:
-    """fp32 (float64 for float64 parameters) sums of `parameters`' gradients, zero at first.
+    """Holds one sum per parameter, fp32 (float64 for float64 parameters), zero at first.
 
-    Functions that know their gradients add them here, inside a GEMM where they can, and return None for the parameter;
-    the backward of what `finish` returns then gives each sum to its parameter as its gradient. So K states cost one
-    accumulation, one hook and no rounding to the parameter's dtype. Under ZeRO-3 only where the parameters stay gathered:
-    elsewhere one has no data, and can take no gradient, outside the backward of its own unit."""
+    An autograd function that knows a parameter's gradient adds it here, inside the GEMM where it can, and returns None for
+    the parameter. Later the backward of the scalars that `finish` returns gives each sum to its parameter as its gradient. So
+    K states cost one accumulation and one hook call per parameter, and no gradient is rounded to the parameter's dtype in
+    between.
+
+    Under ZeRO-3 this works only where the parameters stay gathered: a released parameter has no data outside the backward of
+    its own unit, and torch gives no gradient to a parameter without data."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
@@ -32,20 +37,20 @@ class GradientSums:
         return parameter is not None and parameter.requires_grad
 
     def of(self, parameter: Tensor) -> Tensor:
-        """The running sum, shaped like `parameter`, to be added to."""
+        """Returns the running sum of `parameter`, in its shape. The caller adds to it in place."""
         if not self._sums:
             self._begin()
         self.used = True
         return self._sums[id(parameter)]
 
     def add(self, gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """(parameter, gradient) each."""
+        """Adds gradients, given as pairs (parameter, gradient), to their sums."""
         if gradients:
             sums = [self.of(parameter) for parameter, _ in gradients]
             torch._foreach_add_(sums, [gradient.to(total.dtype) for total, (_, gradient) in zip(sums, gradients)])
 
     def finish(self) -> list[Tensor]:
-        """Scalars whose backward is all that is left to do."""
+        """Returns scalars whose backward does the rest: it back-propagates the times' embeddings and delivers the sums."""
         times = self.modulations.finish()
         delivery = self._delivery() if self.used else None
         return [part for part in (times, delivery) if part is not None]
@@ -56,8 +61,9 @@ class GradientSums:
         return _Delivery.apply(sums, *self.parameters)
 
     def _begin(self) -> None:
-        """What an earlier micro-batch of the step has left, to go on with; the rest in one allocation, set to zero at once, or
-        for sharded parameters in several, which are freed as they are reduced."""
+        """Provides every sum. A gradient that an earlier micro-batch of the step left in its parameter becomes the sum and is
+        added to. The other sums are zero and share one allocation, so that one kernel sets them. Sums of sharded parameters
+        share several smaller ones, so that memory is freed as the parameters are reduced one after the other."""
         first = self.parameters[0]
         wide = torch.promote_types(first.dtype, torch.float32)
         self._sums = {id(p): grad for p in self.parameters if (grad := _taken(p, wide)) is not None}
@@ -70,8 +76,8 @@ class GradientSums:
 
 
 def _taken(parameter: Any, dtype: torch.dtype) -> Tensor | None:
-    """The gradient that a parameter holds, if its sum can go on in it: the parameter then holds none. `grad_accum`: where
-    DeepSpeed's stages 1 and 2 keep fp32 sums of bf16 parameters' gradients."""
+    """Takes the gradient away from a parameter and returns it, if a sum in `dtype` can go on in it; otherwise returns None.
+    DeepSpeed's stages 1 and 2 keep the fp32 gradient sum of a bf16 parameter under `grad_accum` instead of `grad`."""
     for name in ("grad", "grad_accum"):
         grad = getattr(parameter, name, None)
         if grad is not None and grad.dtype == dtype and grad.shape == parameter.shape and grad.is_contiguous():
@@ -81,7 +87,7 @@ def _taken(parameter: Any, dtype: torch.dtype) -> Tensor | None:
 
 
 def _pieces(parameters: Sequence[Tensor], limit: int | None) -> Iterator[list[Tensor]]:
-    """Runs of parameters with up to `limit` elements each, or with one."""
+    """Divides `parameters` into runs of at most `limit` elements; a parameter that is larger is a run of its own."""
     piece: list[Tensor] = []
     size = 0
     for parameter in parameters:
@@ -95,6 +101,7 @@ def _pieces(parameters: Sequence[Tensor], limit: int | None) -> Iterator[list[Te
 
 
 class _Delivery(torch.autograd.Function):
+    """A scalar zero whose backward gives each parameter its sum as gradient."""
     @staticmethod
     def forward(ctx: Any, sums: list[Tensor], *parameters: Tensor) -> Tensor:
         ctx.sums = sums
@@ -102,16 +109,18 @@ class _Delivery(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        """The sums themselves: `scale`, the gradient of the scalar, is 1."""
+        """Returns the sums as they are, because `scale`, the gradient of the scalar, is 1."""
         sums, ctx.sums = ctx.sums, None
         return None, *sums
 
 
 class Modulations:
-    """Linear layers of a time's embedding, c `[S, E]` -> `[S, 4 D]`, whose gradients come in pieces at every state, and
-    which are back-propagated once for all states.
+    """Back-propagates the blocks' modulation layers once for all states of a trajectory, instead of once per state.
 
-        dW = sum_k m_k^T c_k,   db = sum_k sum_S m_k,   dc_k = sum over the layers of m_k W,   m_k = [dy_1 .. dy_4] at state k
+    Such a layer maps a time's embedding c_k `[S, E]` of state k to four slices `[S, D]` of `[S, 4 D]`, and blocks deliver the
+    gradients of the slices one by one. With m_k `[S, 4 D]` the four gradients side by side:
+
+        dW = sum_k m_k^T c_k,   db = sum_k sum over S of m_k,   dc_k = sum over the layers of m_k W
     """
 
     def __init__(self, sums: GradientSums) -> None:
@@ -120,13 +129,13 @@ class Modulations:
         self.pieces: dict[int, tuple[Any, list[tuple[Tensor, ...]]]] = {}
 
     def time(self, c: Tensor) -> Tensor:
-        """c without its graph, to be used at this state."""
+        """Returns c without its graph, for the layers to use at this state, and keeps c for `finish`."""
         given = _leaf(c)
         self.times.append((c, given))
         return given
 
     def apply(self, linear: Any, c: Tensor) -> tuple[Tensor, ...]:
-        """Four slices `[S, D]` of linear(c), each a leaf that waits for its gradient."""
+        """Returns the four slices `[S, D]` of linear(c), each a leaf that collects its gradient for `finish`."""
         with torch.no_grad():
             slices = linear(c).unflatten(1, (4, -1)).unbind(1)
         leaves = tuple(_leaf(piece) for piece in slices)
@@ -134,7 +143,8 @@ class Modulations:
         return leaves
 
     def finish(self) -> Tensor | None:
-        """A scalar whose backward is that of the times' embeddings; the layers' gradients go to the sums."""
+        """Adds the layers' gradients to the sums, and returns a scalar whose backward is that of the times' embeddings, or
+        None if no state used any."""
         if not self.times:
             return None
         given = torch.cat([leaf for _, leaf in self.times]).detach()

@@ -1,4 +1,5 @@
-"""The paired linear layer: projections of student and teacher, and the gradients of its matrices."""
+"""The paired linear layer: it multiplies the student's and the teacher's rows in one launch, and computes the gradients of the
+student's matrices. Shapes: T tokens, K inputs, N outputs of a matrix, r rank of an adapter."""
 
 from __future__ import annotations
 
@@ -20,10 +21,12 @@ pair_linear_through, pair_linear_accumulate = direct(pair_linear.pair_linear_thr
 def project(
     x: Tensor, x_teacher: Tensor | None, ours: Sequence[Matrix], theirs: Sequence[Matrix], fp8: FrozenFp8 | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, the teacher's y, x A^T): the student's rows x `[T, K]` through its matrices, which share them as their input, side
-    by side `[T, sum N]`, and the teacher's rows through its own in the same launch.
+    """Multiplies the rows of student and teacher with their matrices, in one launch, and returns (y, y_teacher, xa).
 
-    Without a teacher (`x_teacher` None, `theirs` empty) its y is empty. fp8: what multiplies with the frozen matrices."""
+    x: the student's rows `[T, K]`, the common input of the matrices `ours`. y `[T, sum N]`: their outputs, side by side.
+    x_teacher, theirs, y_teacher: the same of the teacher. Without a teacher (None and empty) y_teacher is empty.
+    xa `[T, sum r]`: x A^T of the student's adapters, which backward needs; empty where there are none.
+    fp8: multiplies with the frozen matrices in 8 bits; None where all products run in the matrices' own type."""
     if fp8 is not None:
         y_t = fp8.project(x_teacher, theirs, False)[0] if x_teacher is not None else x.new_empty(0)
         if fp8.which == "frozen":
@@ -49,7 +52,11 @@ def project(
 def weight_gradients(
     members: list[Matrix], flags: list[Matrix], dy: list[Tensor], x: Tensor, xa: Tensor, q: Tensor
 ) -> list[Tensor | None]:
-    """(dW, dA, dB) of each member, one after the other; None where not wanted."""
+    """Returns the gradients (dW, dA, dB) of each member, one member after the other, and None where `flags` wants none.
+
+    members: the matrices that share the input x `[T, K]`. flags: the same tuples with booleans in place of tensors.
+    dy: the gradient of each member's output, `[T, N]`. xa: x A^T from `project`. q: scale * dy B of the adapters, empty
+    where there are none."""
     need_w, need_lora = any(f.weight for f in flags), any(f.a or f.b for f in flags)
     grads: list[Tensor | None] = [None] * (3 * len(members))
     if not need_w and not need_lora:
@@ -66,7 +73,8 @@ def weight_gradients(
 def accumulate(
     sums: GradientSums, members: list[Matrix], dy: list[Tensor], x: Tensor, xa: Tensor, q: Tensor
 ) -> None:
-    """Adds the gradients of the members that train to their running sums, inside the products that make them."""
+    """Adds the gradients of the members that train to their sums. The product that computes a gradient adds it, so that no
+    gradient is stored by itself. Arguments as in `weight_gradients`."""
     w = [sums.of(m.weight) for m in members if m.weight in sums]
     nothing = q.new_empty(0)
     a, b = ([sums.of(part) if part in sums else nothing for part in parts] for parts in zip(*((m.a, m.b) for m in members)))

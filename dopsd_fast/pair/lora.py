@@ -1,25 +1,21 @@
-"""LoRA adapters inside a transformer: which layers they are on, and how they are injected."""
+"""LoRA adapters inside a transformer: which layers carry them, and how they are injected."""
 
 from __future__ import annotations
 
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from dopsd_fast.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-
-
 
 def lora_coverage(transformer: nn.Module, targets: Sequence[str]) -> dict[str, int]:
-    """How many linear layers each target matches: by full name, or by the end of it after a dot (PEFT's rule for a
-    list)."""
+    """Counts the linear layers that each target matches. A target matches a layer's full name, or the end of it after a dot,
+    which is PEFT's rule for a list of targets."""
     names = _linear_names(transformer)
     return {target: sum(_matches(name, target) for name in names) for target in targets}
 
@@ -27,8 +23,10 @@ def lora_coverage(transformer: nn.Module, targets: Sequence[str]) -> dict[str, i
 def coverage_by_kind(
     transformer: nn.Module, targets: Sequence[str], kinds: Mapping[str, str]
 ) -> dict[str, tuple[int, int]]:
-    """Kind of matrix -> (linear layers that `targets` match, linear layers of the kind). kinds: as `Family.lora_kinds`;
-    layers of none of them are "other", and left out where none of those is adapted."""
+    """Returns, for each kind of matrix, (how many of its linear layers `targets` match, how many there are).
+
+    kinds: as `Family.lora_kinds`. Layers of no kind count as "other", which is left out where no target matches any of
+    them."""
     counts = {kind: [0, 0] for kind in (*kinds, "other")}
     for name in _linear_names(transformer):
         kind = next((kind for kind, pattern in kinds.items() if re.search(pattern, name)), "other")
@@ -40,11 +38,11 @@ def coverage_by_kind(
 def add_adapters(
     transformer: nn.Module, targets: Sequence[str], rank: int, alpha: float, seed: int, adapters: Sequence[str]
 ) -> Any:
-    """Injects LoRA adapters y = W x + (alpha / rank) B A x, A gaussian (std 1 / rank, from `seed`), B zero, all of them
-    equal.
+    """Injects LoRA adapters y = W x + (alpha / rank) B A x and returns PEFT's LoraConfig.
 
-    Only the first adapter is active, and only its weights require gradients. Works on the meta device. Returns the
-    LoraConfig.
+    A is gaussian with standard deviation 1 / rank, drawn from `seed`; B is zero; all `adapters` begin with equal weights. The
+    first is active, and its weights alone require gradients. This also works on the meta device. Raises UserError for a target
+    that matches no linear layer, or that PEFT refuses.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -61,7 +59,7 @@ def add_adapters(
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
     on_meta = any(param.is_meta for param in transformer.parameters())
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "already found a peft_config": meant, it is the second adapter
+        warnings.simplefilter("ignore")  # PEFT warns that a peft_config is there, which is meant: a second adapter follows
         torch.manual_seed(seed)
         for adapter in adapters:
             try:
@@ -80,7 +78,7 @@ def add_adapters(
 
 
 def adapter_layers(transformer: nn.Module) -> list[Any]:
-    """PEFT's layers inside a transformer."""
+    """Lists PEFT's LoRA layers inside a transformer."""
     from peft.tuners.lora import LoraLayer
 
     return [module for module in transformer.modules() if isinstance(module, LoraLayer)]
@@ -95,7 +93,7 @@ def _matches(name: str, target: str) -> bool:
 
 
 def _ending(name: str) -> str:
-    """`layers.3.attention.to_out.0` -> `attention.to_out.0`: what follows the block number."""
+    """Returns the part of a layer's name after its block number: `layers.3.attention.to_out.0` -> `attention.to_out.0`."""
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
     return ".".join(parts[numbers[0] + 1 :] if numbers else parts)

@@ -1,4 +1,5 @@
-"""A linear layer's parameters: its matrix, and the LoRA adapter beside it."""
+"""The parameters of a linear layer: its matrix, and the LoRA adapter beside it. Shapes: K inputs, N outputs, r the adapter's
+rank."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 
 class Matrix(NamedTuple):
-    """W `[N, K]`, or W + scale * B A with A `[r, K]`, B `[N, r]`; A and B are empty where there is no adapter."""
+    """Stands for W + scale * B A with W `[N, K]`, A `[r, K]`, B `[N, r]`. Where the layer has no adapter, A and B are empty and
+    the matrix is W."""
 
     weight: Tensor
     a: Tensor
@@ -22,7 +24,8 @@ class Matrix(NamedTuple):
 
 
 def matrix(linear: nn.Module, adapter: str) -> Matrix:
-    """The parameters themselves, of a `nn.Linear` or of PEFT's layer around one."""
+    """Returns the parameters of a `nn.Linear`, or of PEFT's layer around one with its adapter `adapter`. They are the
+    parameters themselves and no copies: gradients are filed under their identity."""
     base: Any = getattr(linear, "base_layer", linear)
     if base is linear or adapter not in linear.lora_A:  # type: ignore[operator]
         nothing = base.weight.new_empty(0)
@@ -32,7 +35,8 @@ def matrix(linear: nn.Module, adapter: str) -> Matrix:
 
 
 def split(members: Sequence[Matrix]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]:
-    """(weights, As, Bs, scales) of matrices that share an input; no As and Bs where none of them has an adapter."""
+    """Returns (weights, As, Bs, scales) of matrices that share an input. As and Bs are empty lists where no matrix has an
+    adapter."""
     adapted = any(m.a.numel() for m in members)
     adapters = ([m.a for m in members], [m.b for m in members]) if adapted else ([], [])
     return [m.weight for m in members], *adapters, [m.scale for m in members]

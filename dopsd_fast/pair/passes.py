@@ -3,7 +3,7 @@
 Which gradients are delivered by whom, and when, depends on how ZeRO-3 holds the weights (`Pair.gather`):
 
     gather          the blocks' parameters                 what all states share          the other parameters
-                                                           (captions, references)
+                                                           (captions, reference images)
     None, "step"    GradientSums: added at every state,    one backward in `finish`       autograd, at every state's
                     delivered once by `finish`                                            backward
     "unit"          autograd, at every state's backward:   one backward in `finish`       autograd, at every state's

@@ -1,4 +1,4 @@
-"""The student and its teacher as one module: two modules (full), or one with two low-rank adapters (LoRA)."""
+"""The student and its teacher as one module. Full fine-tuning holds two transformers; LoRA holds one, with an adapter each."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ Velocity = Callable[[nn.Module, Tensor, Tensor, Sequence[Context]], Tensor]
 
 @dataclass(frozen=True)
 class Trained:
-    """One trained tensor: its stock name (for an adapter without the adapter's name), and the teacher's counterpart or
-    None."""
+    """One tensor that training changes, and the teacher's tensor of the same name, which is None where there is none.
+
+    `name` is diffusers' own. PEFT puts the adapter's name inside an adapter's name, and `name` leaves it out."""
 
     name: str
     student: Any  # nn.Parameter; Any because DeepSpeed hangs its own attributes on it
@@ -36,17 +37,23 @@ class Trained:
 
 
 class Pair(nn.Module):
-    """`student`: the transformer that trains. `teacher`: a frozen module of the same class, or None.
+    """The student and the teacher. They share one module because ZeRO-3 partitions the parameters of the module that it is
+    given, and the teacher's frozen weights need partitioning too.
 
-    teacher  kind=ema, frozen  kind=student
-    full     a second module   None: the student's live weights, without gradient
-    LoRA     None: adapter "teacher" inside `student`; kind=student: only adapter "student"
+    Where the teacher's weights are depends on `adapter.kind` and on `teacher.kind`:
 
-    Both live in one module because ZeRO-3 partitions what is given to it, frozen weights too.
-    `velocity`: one transformer's forward in the family's convention. `lora_config`: PEFT's LoraConfig, None for full
-    fine-tuning. `fused`: the family's pair forward over both, or None: then each runs by itself, through `velocity`.
-    `gather`: how ZeRO-3 holds the weights (see `distributed.fetching`), None where it does not shard them. `sweep`: under
-    gather=sweep, goes through turns of units (`Fetcher.sweep`).
+             teacher.kind=ema or frozen               teacher.kind=student
+        full  `teacher`, a second transformer          in `student` itself: its live weights, run without gradient
+        LoRA  adapter "teacher" inside `student`       in `student` itself: its adapter "student", run without gradient
+
+    student: the transformer that trains.
+    teacher: a frozen transformer of the same class, or None (see the table).
+    velocity: one transformer's forward in the family's convention.
+    lora_config: PEFT's LoraConfig; None for full fine-tuning.
+    fused: the family's pair forward, which runs both branches at once. Where it is None, each branch runs by itself through
+        `velocity`.
+    gather: how ZeRO-3 holds the weights (see `distributed.fetching`). The engine sets it; None means that they are whole.
+    sweep: `Fetcher.sweep` of the engine, set where gather is "sweep".
     """
 
     def __init__(
@@ -69,12 +76,13 @@ class Pair(nn.Module):
         self.has_teacher_adapter = any(TEACHER in layer.lora_A for layer in self._adapted)
 
     def forward(self, x: Tensor, t: Tensor, *, call: Callable[[Tensor, Tensor], Any]) -> Any:
-        """`call(x, t)`. ZeRO-3 records one trace from each call of this module to the next."""
+        """Returns `call(x, t)`. Every state passes through here because ZeRO-3 records the order in which modules run from
+        one call of this module to the next."""
         return call(x, t)
 
     def open(self, student: Sequence[Context], teacher: Sequence[Context], shape: Sequence[int]) -> Forward:
-        """The velocities along one trajectory of latents `[B, C, h, w]` = `shape`, one context per item; without teacher
-        contexts the student's alone."""
+        """Returns the velocities along one trajectory of latents of `shape` = `[B, C, h, w]`, with one context per item. Where
+        `teacher` is empty, only the student's velocity is computed."""
         if self.fused is None:
             return TwoCalls(self.student_velocity, student, self.teacher_velocity if teacher else None, teacher)
         branches = {STUDENT: student, TEACHER: teacher} if teacher else {STUDENT: student}
@@ -85,7 +93,7 @@ class Pair(nn.Module):
         return FusedForward(fused, self, branches, shape, weight.dtype, weight.device, self.gather, self.sweep)
 
     def sampler(self, branch: Branch, contexts: Sequence[Context], shape: Sequence[int]) -> Sampler:
-        """v of one branch, without gradient, for `method.trajectory.rollout`."""
+        """Returns a function that gives v of one branch without gradient, as `method.trajectory.rollout` takes it."""
         if self.fused is None:
             return lambda x, t: self._alone(branch, x, t, contexts)
         with torch.no_grad():
@@ -98,19 +106,18 @@ class Pair(nn.Module):
             return self.velocity(transformer, x, t, contexts)
 
     def student_velocity(self, x: Tensor, t: Tensor, contexts: Sequence[Context]) -> Tensor:
-        """v_s `[B, C, h, w]` at x `[B, C, h, w]`, t `[B]`, with gradient."""
+        """Returns v_s `[B, C, h, w]` at x `[B, C, h, w]`, t `[B]`, with gradient."""
         return self(x, t, call=lambda x, t: self.velocity(self.student, x, t, contexts))
 
     def teacher_velocity(self, x: Tensor, t: Tensor, contexts: Sequence[Context]) -> Tensor:
-        """v_t, shaped as x, without gradient. Not through `forward`: ZeRO-3's trace is the sequence that repeats, from one
-        call of the student to the next, and the teacher lies between them."""
+        """Returns v_t, shaped as x, without gradient. It does not go through `forward`: ZeRO-3's trace must be the sequence
+        that repeats, which runs from one call of the student to the next and has the teacher's call inside it."""
         return self._alone(TEACHER, x, t, contexts)
 
     @contextmanager
     def branch(self, name: str) -> Iterator[nn.Module]:
-        """The transformer to call for "student" or "teacher"; the student's adapter is active again afterwards, so a
-        later backward recomputes with it. PEFT's own set_adapter is not used because it turns requires_grad on and
-        off."""
+        """Yields the transformer to call for "student" or "teacher". Afterwards the student's adapter is active again, so that
+        a later backward recomputes with it. PEFT's `set_adapter` is not used because it also changes `requires_grad`."""
         if name == TEACHER and self.has_teacher_adapter:
             self._activate(TEACHER)
             try:
@@ -123,7 +130,7 @@ class Pair(nn.Module):
             yield self.student
 
     def trained(self) -> list[Trained]:
-        """Every trained tensor, in the module's order."""
+        """Lists every tensor that training changes, in the order of the module's parameters."""
         if self.lora_config is None:
             teachers = dict(self.teacher.named_parameters()) if self.teacher is not None else {}
             return [Trained(name, param, teachers.get(name)) for name, param in self.student.named_parameters()]
@@ -136,7 +143,7 @@ class Pair(nn.Module):
         ]
 
     def describe(self) -> dict[str, Any]:
-        """What was chosen, for the run's files."""
+        """Names the backbone and what it chose, for the run's files."""
         if self.fused is None:
             return {"backbone": "diffusers", "attention": "torch scaled_dot_product_attention (diffusers)"}
         return {"backbone": "pair", **self.fused.describe()}

@@ -1,5 +1,6 @@
-"""The graphs of all states of a trajectory, cut at the units of the model, so that the backwards of all states can go
-through it unit by unit: a unit's weights are needed once, and its gradient is complete when its turn is over."""
+"""Holds the graphs of all states of a trajectory, cut at the units of the model. Because of the cuts, backward can go through
+the model unit by unit and take all states at once in each: ZeRO-3 then gathers a unit's weights once for all backwards, and the
+unit's gradient is complete when its turn is over."""
 
 from __future__ import annotations
 
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 
 
 class Tape:
-    """`cut` while the states are computed, then `back` through the units in reverse order."""
+    """The forwards call `cut` at the end of each unit; afterwards `back` is called for each unit, in reverse order."""
 
     def __init__(self) -> None:
         self._cuts: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def cut(self, unit: nn.Module, value: Any) -> Any:
-        """`value`, which `unit` made, without its graph: a leaf that waits for its gradient."""
+        """Returns `value`, which `unit` computed, as a leaf that collects its gradient, and keeps the graph behind it for
+        `back`. A value without gradient is returned as it is."""
         if not torch.is_tensor(value) or not value.requires_grad:
             return value
         leaf = value.detach().requires_grad_()
@@ -25,7 +27,8 @@ class Tape:
         return leaf
 
     def back(self, unit: nn.Module) -> None:
-        """Through `unit`, at every state at once: each parameter's gradient is summed before it is stored."""
+        """Back-propagates through `unit` for all states in one call of autograd, which sums each parameter's gradient over the
+        states before it stores it."""
         cuts = self._cuts.pop(id(unit), [])
         known = [(value, leaf.grad.to(value.dtype)) for value, leaf in cuts if leaf.grad is not None]
         del cuts

@@ -1,5 +1,5 @@
-"""What the pair forward of every family is made of: the units that ZeRO-3 gathers as a whole, the layout of tokens, and the
-call of a block."""
+"""Parts that every family's pair forward is built from: the units that ZeRO-3 gathers as a whole, the layout of the tokens, and
+the arguments of a block's call. Shapes: T tokens."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ from dopsd_fast.pair.gradient_sums import GradientSums
 from dopsd_kernels.sequences import Sequences
 
 ACTIVATIONS = ("keep", "selective", "recompute")
-"""What a block keeps for its backward: everything that backward reads; the same without the feed-forward layer's halves, which
-are computed again (8 values a token and channel less); only its inputs x and h (2 values), from which it runs again."""
+"""How much of the forward a block keeps for its backward (`train.activations`).
+
+    keep       The block keeps everything that its backward reads.
+    selective  It leaves out the two halves of the feed-forward layer and computes them again: 8 values fewer a token and
+               channel.
+    recompute  It keeps only its inputs x and h, 2 values a token and channel, and runs its forward again."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """How a branch's tokens lie: its sequences, and each token's rotation, cos and sin fp32 `[T, head_dim / 2]`."""
+    """Where a branch's sequences lie in its packed tokens, and each token's rotary angles: `cos`, `sin` fp32
+    `[T, head_dim / 2]`."""
 
     sequences: Sequences
     cos: Tensor
@@ -28,8 +33,8 @@ class Packed:
 
 @dataclass(frozen=True)
 class BlockCall:
-    """What is the same for every block of a stack: the token layouts of student and teacher, the number of heads, the norms'
-    epsilons, and what backward keeps. The pair forward builds one per stack and state."""
+    """The arguments that every block of a stack shares: the token layouts of student and teacher, the number of heads, the
+    norms' epsilons, and what the blocks keep for backward. The pair forward builds one per stack and state."""
 
     packed: Packed
     teacher: Packed | None
@@ -39,7 +44,7 @@ class BlockCall:
     activations: str = "keep"
     attention: str = "auto"
     sums: GradientSums | None = None
-    """Where the parameters' gradients go; None: to autograd."""
+    """Takes the gradients of the blocks' parameters. Where it is None, autograd takes them."""
     fp8: FrozenFp8 | None = None
 
 
@@ -47,7 +52,7 @@ Branch = str
 
 
 def apply(module: nn.Module, x: Tensor, adapter: str) -> Tensor:
-    """`module(x)` for a layer, or a sequence of layers, where PEFT's layers use `adapter`."""
+    """Returns `module(x)` of a layer or of a sequence of layers. PEFT's layers use `adapter`, whichever adapter is active."""
     if isinstance(module, nn.Sequential):
         for part in module:
             x = apply(part, x, adapter)
@@ -62,8 +67,12 @@ def apply(module: nn.Module, x: Tensor, adapter: str) -> Tensor:
 
 
 class Unit(nn.Module):
-    """The modules of both branches that are used together. With one set of modules for both (LoRA, or the live student as
-    teacher) they are registered once."""
+    """Holds the modules of student and teacher that are used at the same moment, so that ZeRO-3 gathers them together.
+
+    Where both branches use the same module (LoRA, or the live student as teacher), it is registered once, so that its
+    parameters appear once.
+
+    adapters: the name of each branch's adapter. modules: for each part's name, the module or parameter of each branch."""
 
     def __init__(self, adapters: dict[Branch, str], **modules: dict[Branch, nn.Module | nn.Parameter | None]) -> None:
         super().__init__()
@@ -81,7 +90,8 @@ class Unit(nn.Module):
         return getattr(self, self.names[name][branch])
 
     def shared(self, branch: Branch, other: Branch, name: str) -> bool:
-        """Both branches use the same module there, without adapters."""
+        """Tells whether part `name` gives both branches the same result: they use the same module, and either it has no
+        adapters or they use the same one."""
         part = self.part(branch, name)
         plain = part is None or not isinstance(part, nn.Module) or not any(hasattr(m, "lora_A") for m in part.modules())
         return part is self.part(other, name) and (plain or self.adapters[branch] == self.adapters[other])
@@ -92,7 +102,8 @@ class Unit(nn.Module):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a branch's tokens lie in the parts of the model. `tokens`: image tokens of an item, without padding."""
+    """Where a branch's tokens lie in each part of the model: the image tokens, the caption tokens, both joined, and the image
+    tokens without padding, which the last layer reads. `tokens` counts one item's image tokens without padding."""
 
     image: Packed
     caption: Packed

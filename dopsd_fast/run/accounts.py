@@ -1,7 +1,8 @@
-"""Whether every rank runs the same program with the same settings on the same model and data, or what differs.
+"""Makes the accounts by which ranks find out whether they all run the same program, with the same settings, on the same model
+and data (`distributed.consensus` compares them).
 
-An account is {section: {name: value}}, JSON-able. Ranks exchange its digest; only where one differs from rank 0's is rank 0's
-account sent around, so that each rank can name its first difference.
+An account is {section: {name: value}} and can be written as JSON. It names each thing separately, so that a rank that differs
+can say what differs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 OWN_ON_EACH_RANK = ("resume", "output.dir", "model.path", "data.path", "data.root", "conditioning.folder",
                     "conditioning.vlm_path", "train.threads")
-"""Settings that may differ: rank 0 alone uses them, or they are places whose contents are compared."""
+"""Settings that may differ between ranks: rank 0 alone uses them, or they name places whose contents are compared instead. The
+number of threads may differ too."""
 LIBRARIES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "numpy", "pillow")
 
 
@@ -32,21 +34,23 @@ LIBRARIES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "numpy",
 
 
 def of_program(settings: Settings) -> Account:
-    """Versions and settings."""
+    """Returns the account of the program: versions, and settings that must be equal on all ranks."""
     flat = {name: value for name, value in _flat(settings.model_dump()).items() if name not in OWN_ON_EACH_RANK}
     return {"versions": _versions(), "settings": flat}
 
 
 def of_input(family: Family, data: Dataset) -> Account:
-    """The model's files and the records, as read."""
+    """Returns the account of the input: the digests of the model's files, and the records as this rank has read them. Raises
+    UserError for a file that cannot be read."""
     return {"model": _model_files(family), "records": of_records(data)}
 
 
 def of_contexts(data: Dataset, keys: dict[tuple, str], fingerprints: dict[str, str]) -> Account:
-    """The keys of the context cache: hashes of the encoders' files, the prompts and the pictures' bytes."""
+    """Returns the account of the contexts: the encoders' fingerprints, and the cache keys of each record, which are hashes of
+    the encoders' files, the prompts and the pictures' bytes."""
     records: dict[str, Any] = {}
     for key, value in keys.items():
-        if key[0] == "student":  # a prompt, which has been compared
+        if key[0] == "student":  # its key depends on the prompt alone, which has been compared
             continue
         record = data.records[key[1]]
         entry = records.setdefault(str(record.index), {"file": record.images[0].name, "picture": []})
@@ -67,7 +71,7 @@ def _versions() -> dict[str, str]:
 
 
 def _source_digest() -> str:
-    """Of this program's own modules, whose version number does not change with every edit."""
+    """Returns a digest of this program's own modules, because their version number does not change with every edit."""
     import dopsd_fast
     import dopsd_kernels
 
@@ -102,7 +106,7 @@ def _model_files(family: Family) -> dict[str, str]:
 
 
 def of_records(data: Dataset) -> dict[str, Any]:
-    """By index: what each record was read as, its images by their content."""
+    """Returns, by the record's index, everything that each record was read as, with digests of its images' contents."""
     found = {}
     for record in data.records:
         names = [str(file.relative_to(data.root) if file.is_relative_to(data.root) else file) for file in record.images]

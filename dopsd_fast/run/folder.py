@@ -1,4 +1,5 @@
-"""The folder of one run: whose it is, what a continued run may change, and where it goes on from."""
+"""Opens the folder of a run: decides whether this run may use it, whether a continued run is still the same, and from which
+checkpoint it continues."""
 
 from __future__ import annotations
 
@@ -18,39 +19,40 @@ from dopsd_fast.storage import checkpoints
 from dopsd_fast.storage.atomic import link_tree, write_text
 
 PARTS = ("metrics.jsonl", "checkpoints", "samples", "tensorboard", "export", "export_teacher")
-"""What a run leaves beside its settings.toml. Without any of them there is nothing to lose, and nothing to continue."""
+"""Files and folders that a run writes beside its settings.toml. In a folder without any of them there is nothing to lose and
+nothing to continue."""
 
 DATA = "data.json"
-"""The records that the run began with: {"format": 1, "records": {index: fields}}, as `agreement.of_records` gives them."""
+"""The records that the run began with: {"format": 1, "records": {index: fields}}, as `accounts.of_records` gives them."""
 
 MAY_CHANGE = ("resume", "recipe", "model.allow", "output.", "sample.every", "checkpoint.", "train.threads",
               "conditioning.cache", "conditioning.folder", "data.skip_bad")
-"""Settings that never enter the numbers of a step, and so may differ when a run continues."""
+"""Settings that may differ when a run continues, because they never enter the numbers of a step."""
 
 SAME_SUMS = ("deepspeed.stage", "deepspeed.gather", "train.masters", "train.activations", "train.attention", "backbone",
              "method.backward", "deepspeed.config.zero_optimization.", "deepspeed.config.train_micro_batch_size_per_gpu",
              "deepspeed.config.gradient_accumulation_steps", "deepspeed.config.aio.", "deepspeed.config.comms_logger.",
              "deepspeed.config.flops_profiler.", "deepspeed.config.steps_per_print", "deepspeed.config.wall_clock_breakdown",
              "deepspeed.config.memory_breakdown")
-"""Settings that say where and how the same sums are computed: ZeRO's stage, gathers, offload and buckets, how masters are
-kept, what is computed again in the backward pass, which kernel runs. They may differ too when a run continues: the state is
-taken over bit for bit, and from there on the numbers differ by the order of sums, as they do between world sizes."""
+"""Settings that say where and how the same sums are computed: ZeRO's stage, gathers, offload and buckets, how masters are kept,
+what backward computes again, and which kernel runs. They may differ too when a run continues. The state is taken over bit for
+bit, and from there on the numbers differ by the order of sums, as they do between world sizes."""
 
 OTHER_SUMS = ("quantized", "zenflow")
-"""What is in the name of a DeepSpeed setting below zero_optimization that does enter the numbers."""
+"""Words that mark those settings below zero_optimization that do enter the numbers, and so may not differ."""
 
 LOCK_SECONDS = 60.0
 
 
 class FolderLock:
-    """Keeps a second process out of a run folder for as long as this process lives: ranks whose launcher was killed may
-    still be saving when the user starts the run again."""
+    """Keeps other processes out of a run folder for as long as this process lives. It is needed because ranks whose launcher
+    was killed may still be saving when the user starts the run again."""
 
     def __init__(self) -> None:
         self.file: IO[str] | None = None
 
     def take(self, folder: Path, say: Callable[[str], None]) -> None:
-        """Waits up to LOCK_SECONDS for the other process to end, then raises UserError."""
+        """Locks `folder`. Waits up to LOCK_SECONDS for another process to end, then raises UserError."""
         self.file = open(folder / ".lock", "a", encoding="utf-8")
         started = time.monotonic()
         while True:
@@ -59,7 +61,7 @@ class FolderLock:
                 return
             except BlockingIOError:
                 pass
-            except OSError:  # a file system without locks
+            except OSError:  # this file system has no locks
                 return
             if time.monotonic() - started > LOCK_SECONDS:
                 raise UserError(f"output.dir={folder} is in use by a run that is still going: stop it, or name another folder")
@@ -72,14 +74,15 @@ class FolderLock:
 def open_run(
     settings: Settings, global_batch: int, records: dict[str, Any], lock: FolderLock, say: Callable[[str], None]
 ) -> tuple[Path, Path | None]:
-    """The run folder, made if need be and locked, and the checkpoint to go on from (None: from the start). Rank 0 calls it.
+    """Makes the run folder if it is missing, locks it, and returns it with the checkpoint to continue from, which is None for a
+    run that begins. Rank 0 calls it.
 
-    records: what the data set was read as (`agreement.of_records`).
+    records: the data set as it was read (`accounts.of_records`).
 
-    resume=never takes a folder without a run; auto begins or continues; a path to a run or to one of its checkpoints
-    continues there, or in another output.dir, which then starts as a copy of the run up to that checkpoint. Raises
-    UserError when the folder holds a run that may not be continued, or one with other settings or other records, or cannot
-    be written.
+    With resume=never the folder must hold no run. With auto the run begins or continues. With the path of a run or of one of
+    its checkpoints, the run continues from there: in its own folder, or in another output.dir, which then starts as a copy of
+    the run up to that checkpoint. Raises UserError when the folder holds a run that may not be continued, or one with other
+    settings or other records, or when it cannot be written.
     """
     try:
         return _open(settings, global_batch, records, lock, say)
@@ -90,7 +93,7 @@ def open_run(
 def _open(
     settings: Settings, global_batch: int, records: dict[str, Any], lock: FolderLock, say: Callable[[str], None]
 ) -> tuple[Path, Path | None]:
-    records = json.loads(json.dumps(records))  # as it is read back
+    records = json.loads(json.dumps(records))  # in the form in which the file is read back
     source = _named_checkpoint(settings.resume) if settings.resume not in ("auto", "never") else None
     if settings.output.dir:
         folder = Path(settings.output.dir).expanduser()
@@ -102,7 +105,7 @@ def _open(
     _check_free(folder, settings, in_place)
     folder.mkdir(parents=True, exist_ok=True)
     lock.take(folder, say)
-    _check_free(folder, settings, in_place)  # the process that was waited for may have begun a run here
+    _check_free(folder, settings, in_place)  # the process that held the lock may have begun a run
 
     if source is not None and not in_place:
         _check_same(settings, source.parent.parent, source, global_batch)
@@ -126,6 +129,7 @@ def _holds_run(folder: Path) -> bool:
 
 
 def _check_free(folder: Path, settings: Settings, in_place: bool) -> None:
+    """Raises UserError where `folder` holds a run that `resume` does not allow, or parts of a run without its settings."""
     if _holds_run(folder):
         if settings.resume == "never":
             raise UserError(f"output.dir={folder} holds another run: choose a new folder, or continue it with resume=auto")
@@ -134,12 +138,13 @@ def _check_free(folder: Path, settings: Settings, in_place: bool) -> None:
                             "choose a new folder, or continue it with resume=auto")
         return
     for part in PARTS:
-        if (folder / part).exists():  # and no settings.toml
+        if (folder / part).exists():  # although there is no settings.toml
             raise UserError(f"output.dir={folder} holds {part} but no settings.toml of a run: choose a new folder")
 
 
 def _named_checkpoint(resume: str) -> Path:
-    """The checkpoint that a path names: itself, or the latest of a run."""
+    """Returns the checkpoint that `resume` names: a checkpoint's own path, or a run's path, which means its latest. Raises
+    UserError where there is none."""
     path = Path(resume).expanduser()
     named = path.parent.name == "checkpoints"
     run = path.parent.parent if named else path
@@ -167,7 +172,7 @@ def _new_folder(settings: Settings) -> Path:
 def _branch(source: Path, folder: Path) -> None:
     """Gives `folder` the checkpoint (as hard links), the metrics and the first pictures of another run."""
     run = source.parent.parent
-    (folder / "settings.toml").unlink(missing_ok=True)  # of a run that never began
+    (folder / "settings.toml").unlink(missing_ok=True)  # left by a run that never began
     begun = folder / "checkpoints.part"
     shutil.rmtree(begun, ignore_errors=True)
     link_tree(source, begun / source.name)
@@ -180,7 +185,7 @@ def _branch(source: Path, folder: Path) -> None:
 
 
 def _check_same(settings: Settings, run: Path, checkpoint: Path | None, global_batch: int) -> None:
-    """The run's settings are `settings`, as far as its numbers depend on them."""
+    """Raises UserError where the run's settings differ from `settings` in a way that changes its numbers."""
     now, before = settings, load_settings([str(run / "settings.toml")])
     ran = checkpoints.read_extra(checkpoint).get("global_batch") if checkpoint is not None else None
     old, new = _flat(before.model_dump()), _flat(now.model_dump())
@@ -190,7 +195,7 @@ def _check_same(settings: Settings, run: Path, checkpoint: Path | None, global_b
             continue
         if name.startswith(SAME_SUMS) and not any(part in name for part in OTHER_SUMS):
             continue
-        if name.startswith("deepspeed.config.") and not value and not old.get(name):  # false, or not there
+        if name.startswith("deepspeed.config.") and not value and not old.get(name):  # false and absent mean the same
             continue
         if name == "train.steps" and now.train.schedule == before.train.schedule == "constant":
             continue
@@ -204,7 +209,8 @@ def _check_same(settings: Settings, run: Path, checkpoint: Path | None, global_b
 
 
 def _check_data(settings: Settings, run: Path, records: dict[str, Any]) -> None:
-    """The run began with `records`: their number and order decide which of them, and which noise, belongs to a step."""
+    """Raises UserError where the run did not begin with `records`, because their number and order decide which records, and
+    which noise, belong to a step."""
     began = _read_data(run / DATA)
     if began is not None and (changes := _changes(began, records)):
         raise UserError(f"data.path={settings.data.path} is not what {run} began with: {changes}: restore the data set to "
@@ -212,7 +218,7 @@ def _check_data(settings: Settings, run: Path, records: dict[str, Any]) -> None:
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs between two accounts of the same data set, in one line; empty: nothing."""
+    """Says in one line what differs between two accounts of the same data set. The line is empty where nothing does."""
     old, new = _by_name(before), _by_name(now)
     added, removed = [new[key]["file"] for key in new if key not in old], [old[key]["file"] for key in old if key not in new]
     found = [f"{len(names)} record(s) {what} ({some_of(names)})" for names, what in ((added, "added"), (removed, "removed"))
@@ -227,7 +233,8 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _by_name(records: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
-    """By the name of the target's file and how often it was met before."""
+    """Files records under (name of the record's first file, how often the name occurred before), so that records are compared
+    even when their index has changed."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
     counts: dict[str, int] = {}
     for record in records.values():
@@ -237,7 +244,8 @@ def _by_name(records: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def _read_data(file: Path) -> dict[str, Any] | None:
-    """The records that a run began with; None for a run of before they were kept, UserError for a damaged file."""
+    """Returns the records that a run began with, or None for a run from before they were kept. Raises UserError for a damaged
+    file."""
     try:
         records = json.loads(file.read_text(encoding="utf-8"))["records"]
         for record in records.values():

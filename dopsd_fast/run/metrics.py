@@ -1,4 +1,4 @@
-"""What a run writes about itself: metrics, TensorBoard, phase times, peak memory, pictures in a grid, the console."""
+"""Measures a run and writes its metrics: rows of metrics.jsonl, TensorBoard, seconds per phase, and peak memory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ import torch
 
 
 class MetricsLog:
-    """`metrics.jsonl`, one row a step, and the same scalars for TensorBoard. Rows after `start` (the steps that a resumed
-    run is about to repeat, and a line torn by a kill) are dropped, so the file holds each step exactly once."""
+    """Writes one row a step to `metrics.jsonl`, and the same scalars for TensorBoard.
+
+    A continued run repeats the steps after its checkpoint, `start`. Their old rows are dropped, and so is a line that a kill
+    has torn; so the file holds each step exactly once."""
 
     def __init__(self, folder: Path, start: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -31,7 +33,8 @@ class MetricsLog:
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
     def sync(self) -> None:
-        """On the disk before the checkpoint that relies on it."""
+        """Makes sure that the rows are on the disk. It is called before a checkpoint is saved, because a run that continues
+        from the checkpoint relies on them."""
         os.fsync(self.lines.fileno())
 
     def append(self, row: dict[str, Any]) -> None:
@@ -47,7 +50,7 @@ class MetricsLog:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a metrics file; a torn last line is left out."""
+    """Returns the rows of a metrics file. A torn line is left out."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -57,6 +60,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yields the numbers of a row under TensorBoard's names; entries of tables and lists are named parent/child."""
     for name, value in row.items():
         if isinstance(value, dict):
             yield from ((f"{name}/{key}", v) for key, v in value.items())
@@ -67,7 +71,7 @@ def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 class Phases:
-    """Seconds spent per named phase since the last `take`. On an accelerator a phase ends when its kernels have."""
+    """Counts the seconds spent in each named phase since the last `take`. On a GPU a phase ends when its kernels have ended."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -89,14 +93,15 @@ class Phases:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the allocator's peak on an accelerator, this process's peak resident set on a CPU."""
+    """Returns the peak in bytes: of the allocator on a GPU, of this process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch, its allocators or Python failed for want of memory; torch has an exception of its own on GPUs only."""
+    """Tells whether torch, its allocators or Python failed for lack of memory. Messages are searched because torch raises an
+    exception of its own for this only on GPUs."""
     said = ("out of memory", "DefaultCPUAllocator", "not enough memory", "ALLOC_FAILED")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in said)
@@ -104,7 +109,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory(device: torch.device) -> None:
-    """Gives back what is no longer used, after an error whose traceback may have held it."""
+    """Frees memory that is no longer used. It is called after an error, whose traceback may have kept tensors alive."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,5 @@
-"""The sample grids of a run: target | before | student now | teacher now, at the deployment step count, from fixed noise."""
+"""Draws the sample grids of a run. Each row shows: target | before | student now | teacher now. Pictures are sampled with the
+number of steps of ordinary use, from noise that stays the same, so that grids can be compared."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ HEADINGS = ("target", "before", "student now", "teacher now")
 
 @dataclass(frozen=True)
 class Shown:
-    """One row: a record's first prompt (`record` its index), or a prompt of the settings (None)."""
+    """One row of a grid: a record's first prompt, where `record` is its index, or a prompt of the settings, where it is
+    None."""
 
     prompt: str
     record: int | None
@@ -33,15 +35,17 @@ class Shown:
 
 
 class Showcase:
-    """Draws `samples/step-000100.png`. The pictures from before training are kept as files, so that a continued run shows
-    the same ones. Every rank computes (a sharded model needs them all), rank 0 decodes and writes."""
+    """Draws the grids `samples/step-000100.png` and so on.
+
+    The pictures from before training are kept as files, so that a continued run shows the same ones. Every rank samples,
+    because a sharded model needs all ranks; rank 0 decodes and writes."""
 
     def __init__(self, parts: RunParts) -> None:
         self.parts = parts
         self.folder = parts.folder / "samples"
         self.last: Path | None = None
         self.lost: list[str] = []
-        """Why each picture that did not fit the memory was left out, since the last grid."""
+        """Reasons of the pictures that were left out of the current grid because they did not fit the memory."""
         s, records = parts.settings, parts.data.records
         self.rows = [self.row(r) for r in records[: s.sample.count]] + [
             Shown(prompt, None, records[0].height, records[0].width) for prompt in s.sample.prompts
@@ -54,7 +58,8 @@ class Showcase:
         return Shown(prompt, record.index, record.height, record.width)
 
     def start(self, first: int) -> None:
-        """Before the first step: keeps the pictures of the untrained model."""
+        """Draws the pictures of the untrained model and keeps them as files. A run that continues, which has `first` > 0, has
+        them already."""
         if not self.rows or first:
             return
         before = self.pictures("student")
@@ -66,6 +71,7 @@ class Showcase:
                     picture.save(self.folder / "before" / f"{i:02}.png")
 
     def draw(self, step: int) -> None:
+        """Draws the grid of step `step`."""
         if not self.rows:
             return
         student, teacher = self.pictures("student"), self.pictures("teacher")
@@ -87,12 +93,14 @@ class Showcase:
         part.replace(self.last)
 
     def pictures(self, branch: str) -> list[Image.Image | None]:
-        """One picture per row, None for one that does not fit the memory and on other ranks than 0."""
+        """Returns one picture per row. A picture that does not fit the memory is None, and on ranks other than 0 all are."""
         return [self.picture(branch, shown, i) for i, shown in enumerate(self.rows)]
 
     def picture(self, branch: str, shown: Shown, index: int) -> Image.Image | None:
-        """A picture that does not fit is left out: it is no reason to end a run. Under ZeRO-3 only its decoding can be: a rank
-        that fails while it samples leaves the others waiting for its shards. Raises UserError there."""
+        """Draws one picture. One that does not fit the memory is left out, because it is no reason to end a run.
+
+        Under ZeRO-3 this holds for decoding only. A rank that fails while it samples leaves the others waiting for its shards,
+        so that a UserError is raised."""
         latent = None
         try:
             latent = self.latent(branch, shown, index)
@@ -109,13 +117,15 @@ class Showcase:
         return None
 
     def tell_lost(self, when: str, drawn: int) -> None:
+        """Reports the pictures that were left out, if any, and forgets them."""
         if self.lost:
             self.parts.say(f"samples of {when}: {len(self.lost)} of {drawn} did not fit the memory and are left out "
                              f"({self.lost[0]}...); training goes on. sample.count and sample.prompts choose fewer")
         self.lost = []
 
     def latent(self, branch: str, shown: Shown, index: int) -> Tensor:
-        """x_1 `[1, C, h, w]`: the student from the text; the teacher from the text and the target image where there is one."""
+        """Samples x_1 `[1, C, h, w]` of one branch. The student sees the text; the teacher also sees the record's images, where
+        the row has a record and the context shows images."""
         parts, s = self.parts, self.parts.settings
         seen = branch == "teacher" and shown.record is not None and shows_images(parts.objective)
         context = (

@@ -52,7 +52,7 @@ def train(settings: Settings, stop: StopRequest) -> int:
     """Runs or continues the run that `settings` describes; the process's exit code. Every rank calls it.
 
     0: finished. 128 + N: stopped by signal N, state saved. Raises UserError for whatever the user can put right, the same
-    on every rank where it can, and LostPeer when another rank is gone.
+    on every rank where it can, and LostRank when another rank is gone.
     """
     outlive_console()
     with RankWatch() as watch:

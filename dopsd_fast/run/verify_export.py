@@ -1,7 +1,7 @@
-"""The end of a run: student and teacher exported, read back, and compared with the live model.
+"""Ends a run: exports student and teacher, reads the files back, and compares them with the live model.
 
-One tensor at a time is whole on a rank, and the files are compared with the live weights in the same way. That the exported
-model draws the same picture is looked at where there is room for a second copy of it.
+The export and the comparison of weights gather one tensor at a time, so that no rank needs room for a whole second model. Where
+there is room for one, the exported model is also loaded, and its picture is compared with the live model's.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from dopsd_fast.storage.safetensors_layout import DTYPES, Shard
 from dopsd_kernels.adamw_ema_triton import untie_
 
 LARGEST_DIFFERENCE = 2
-"""Of 255, in the worst pixel: reloaded weights are equal, what may differ is the order of sums in a merged kernel."""
+"""Largest allowed difference of a pixel, of 255. Reloaded weights are equal, but a merged kernel may sum in another order."""
 LARGEST_ROUNDED_DIFFERENCE = 32
-"""The same where the source pipeline, and so the export, stores fewer bits than the run computes with."""
+"""Largest allowed difference where the source pipeline, and so the export, stores fewer bits than the run computes with."""
 
 
 def export_and_verify(parts: RunParts, showcase: Showcase) -> list[str]:
-    """Writes `export/` (student) and, for an EMA teacher, `export_teacher/`; lines that say where and how to use them."""
+    """Writes `export/` (the student) and, for an EMA teacher, `export_teacher/`, and verifies them. Returns lines that say
+    where they are and how to sample from them. Raises UserError, on every rank, where an export is not the live model."""
     lines = []
     for branch, name in (("student", "export"), ("teacher", "export_teacher")):
         if branch == "teacher" and not parts.engine.keeps_ema:
@@ -65,20 +66,22 @@ def _export(parts: RunParts, branch: str, out: Path) -> None:
                 export_lora(parts.family.pipeline_class, dict(tensors), parts.pair.lora_config, out)
         except UserError as error:
             problem = str(error)
-    for _ in tensors:  # the other ranks take part in every gather, and so does rank 0 after a failure
+    for _ in tensors:  # all ranks take part in every gather, also rank 0 after a failure
         pass
     parts.consensus.agree(problem)
 
 
 def _tensors(parts: RunParts, branch: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, value) of every weight, so that its rounding is the live weight. A collective call."""
+    """Yields (name, value) of every weight. The value is such that rounding it gives the live weight. Every rank must go
+    through all, because each step is a collective call."""
     low_bits = parts.settings.train.masters == "low_bits"
     for name, tensor in parts.engine.full_tensors(branch):
         yield name, untie_(tensor) if low_bits and tensor.dtype == torch.float32 else tensor
 
 
 def _check_weights(parts: RunParts, branch: str, out: Path) -> None:
-    """Every exported tensor has the bits of the live one in the type that it is stored in. Raises UserError on every rank."""
+    """Checks that every exported tensor has the bits of the live one, rounded to the type in which it is stored. Raises
+    UserError on every rank where one has not."""
     from safetensors import SafetensorError, safe_open
 
     full, problem = parts.pair.lora_config is None, ""
@@ -92,7 +95,7 @@ def _check_weights(parts: RunParts, branch: str, out: Path) -> None:
                     stored |= dict.fromkeys(handle.keys(), handle)
             except (OSError, SafetensorError, UserError) as error:
                 problem = f"{out} was written but cannot be read back: {error}"
-        for name, tensor in _tensors(parts, branch):  # a collective call: nobody leaves early
+        for name, tensor in _tensors(parts, branch):  # collective calls: no rank may leave early
             if parts.rank or problem:
                 continue
             try:
@@ -111,8 +114,9 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _has_room(parts: RunParts) -> bool:
-    """Whether rank 0 can hold the exported model, and sample from it, beside what it trains: not where a model is sharded
-    over accelerators because it does not fit, nor where the memory left is less than half as much again."""
+    """Tells whether rank 0 can hold the exported model beside the one that it trains, and sample from it. It cannot where the
+    model is sharded over several GPUs, because then it may not fit one, nor where less than 1.5 times the model's bytes are
+    free."""
     if parts.rank:
         return True
     needed = 1.5 * parts.parameters * parts.dtype.itemsize
@@ -126,8 +130,9 @@ def _has_room(parts: RunParts) -> bool:
 
 
 def _compare(parts: RunParts, showcase: Showcase, branch: str, out: Path) -> int | None:
-    """Largest pixel difference between the live branch and what was read back, on the first record's prompt; None where that
-    does not fit the memory after all."""
+    """Returns the largest difference of a pixel between pictures of the live branch and of the export, drawn from the first
+    record's prompt, or None where this does not fit the memory after all. Raises UserError, on every rank, where the difference
+    is too large."""
     difference: int | None = 0
     with parts.consensus.together():
         try:
@@ -148,7 +153,7 @@ def _compare(parts: RunParts, showcase: Showcase, branch: str, out: Path) -> int
 
 def _difference(parts: RunParts, showcase: Showcase, branch: str, out: Path) -> int:
     shown = replace(showcase.row(parts.data.records[0]), record=None)
-    live = showcase.latent(branch, shown, 0)  # on every rank: a sharded model needs them all
+    live = showcase.latent(branch, shown, 0)  # every rank samples, because a sharded model needs all
     if parts.rank:
         return 0
     pair = [_pixels(parts, showcase, latent) for latent in (live, _read_back(parts, showcase, shown, out))]
@@ -156,6 +161,7 @@ def _difference(parts: RunParts, showcase: Showcase, branch: str, out: Path) -> 
 
 
 def _read_back(parts: RunParts, showcase: Showcase, shown: Shown, out: Path) -> Tensor:
+    """Samples a latent from the exported files, from the same noise as the live branch."""
     family = parts.family
     model: Any
     if parts.pair.lora_config is None:
@@ -178,8 +184,8 @@ def _pixels(parts: RunParts, showcase: Showcase, latent: Tensor) -> np.ndarray:
 
 
 def _is_rounded(parts: RunParts, out: Path) -> bool:
-    """What was read back may differ from the live weights by a rounding: it is stored in fewer bits, or B was rounded after it
-    was scaled by what is no power of two."""
+    """Tells whether the export may differ from the live weights by a rounding: because it stores fewer bits, or because LoRA's
+    B was rounded after it was scaled by a number that is no power of two."""
     if parts.pair.lora_config is not None:
         scale = parts.pair.lora_config.lora_alpha / parts.pair.lora_config.r
         return parts.dtype == torch.bfloat16 and math.frexp(scale)[0] != 0.5
@@ -188,6 +194,7 @@ def _is_rounded(parts: RunParts, out: Path) -> bool:
 
 
 def _how_to_sample(parts: RunParts) -> list[str]:
+    """Returns lines with the Python code that samples from the exported student."""
     family, out = parts.family, parts.folder / "export"
     pipeline = family.index["_class_name"]
     full = parts.pair.lora_config is None

@@ -68,7 +68,7 @@ _IMPOSSIBLE = {
 }
 
 _NEED_STAGE_3 = ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients", "offload_param.device",
-                 "zero_quantized_nontrainable_weights")  # fmt: skip
+                 "zero_quantized_nontrainable_weights")
 
 
 def deepspeed_config(settings: Settings) -> dict[str, Any]:
@@ -166,11 +166,11 @@ def _of_values(s: Settings, given: dict[str, Any]) -> list[str]:
     path = "zero_optimization.offload_optimizer.ratio"
     if given.get(path, 1.0) != 1.0:
         found.append(f"{shown(path, given[path])} steps a part with an AdamW that keeps no EMA for teacher.kind="
-                     f"{s.teacher.kind}: leave it out")  # fmt: skip
+                     f"{s.teacher.kind}: leave it out")
     path = "zero_optimization.zero_quantized_nontrainable_weights"
     if given.get(path):
         found.append(f"{shown(path, True)} keeps frozen weights in 8 bits, teacher.kind={s.teacher.kind} writes or loads them "
-                     "whole: use zero_quantized_weights, which only gathers in 8 bits")  # fmt: skip
+                     "whole: use zero_quantized_weights, which only gathers in 8 bits")
     path = "zero_optimization.zero_quantized_gradients"
     if given.get(path) and given.get("zero_optimization.reduce_scatter") is False:
         found.append(f"{shown(path, True)} needs {shown('zero_optimization.reduce_scatter', True)}, it is false")
@@ -181,11 +181,11 @@ def _of_values(s: Settings, given: dict[str, Any]) -> list[str]:
     path = "zero_optimization.stage3_module_granularity_threshold"
     if given.get(path) and s.deepspeed.gather == "unit":
         found.append(f"{shown(path, given[path])} gathers when a model is called, deepspeed.gather=unit calls its parts: "
-                     "leave it out, or use deepspeed.gather=step")  # fmt: skip
+                     "leave it out, or use deepspeed.gather=step")
     batch, path = s.train.batch_size * s.train.accumulation, "train_batch_size"
     if path in given and (not isinstance(given[path], int) or given[path] % batch):
         found.append(f"{shown(path, given[path])} is no multiple of train.batch_size={s.train.batch_size} x "
-                     f"train.accumulation={s.train.accumulation}: leave it out")  # fmt: skip
+                     f"train.accumulation={s.train.accumulation}: leave it out")
     return found
 
 

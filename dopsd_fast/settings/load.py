@@ -82,12 +82,12 @@ def _of_stage(s: Settings) -> list[str]:
     train, stage, gather, found = s.train, s.deepspeed.stage, s.deepspeed.gather, []
     if train.masters == "low_bits" and train.precision != "bf16":
         found.append(f"train.masters=low_bits keeps the bits that bf16 weights lack, train.precision is {train.precision}: "
-                     "use train.precision=bf16, or train.masters=fp32")  # fmt: skip
+                     "use train.precision=bf16, or train.masters=fp32")
     if train.masters == "low_bits" and stage:
         found.append(f"train.masters=low_bits needs deepspeed.stage=0, it is {stage}: DeepSpeed's shards are fp32 masters")
     if gather != "auto" and stage != 3:
         found.append(f"deepspeed.gather={gather} gathers sharded weights, with deepspeed.stage={stage} they are whole: use "
-                     "deepspeed.stage=3, or deepspeed.gather=auto")  # fmt: skip
+                     "deepspeed.stage=3, or deepspeed.gather=auto")
     if train.masters == "low_bits" and s.teacher.ema_dtype == "bf16":
         found.append("train.masters=low_bits keeps the average's fp32 bits, teacher.ema_dtype=bf16 has none: drop one of them")
     if gather == "sweep":

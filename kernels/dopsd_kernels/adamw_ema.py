@@ -152,7 +152,7 @@ class AdamWEMA(torch.optim.Optimizer):
         found = dict(
             theta=param.detach(), grads=param.grad, exp_avg=state["exp_avg"], exp_avg_sq=state["exp_avg_sq"],
             ema=state.get("ema"),
-        )  # fmt: skip
+        )
         lists = {key: [t.view(-1).narrow(0, start, numel)] for key, t in found.items() if t is not None}
         lists |= {key: [t] for key, t in (("students", student), ("teachers", teacher)) if t is not None}
         self.ema_backend = backend_for(lists["theta"], lists["grads"], lists.get("students", []), lists.get("teachers", []))

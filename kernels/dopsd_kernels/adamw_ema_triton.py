@@ -224,7 +224,7 @@ def _triton(lists: Sequence[Sequence[Tensor]], hyper: Sequence[Hyper]) -> None:
     chunks = _chunks(elements, device)
     launch(adamw_ema_kernel, (len(chunks),), addresses, numbers, chunks, GRAD=_kind(grads),
            THETA_HALVES=bool(theta_low), EMA=bool(ema), EMA_HALVES=bool(ema_low), STUDENT=_kind(students),
-           TEACHER=_kind(teachers), ALIGNED=aligned, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=8)  # fmt: skip
+           TEACHER=_kind(teachers), ALIGNED=aligned, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=8)
 
 
 # ---- plain PyTorch -----------------------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ def _cost(theta, theta_low, grads, exp_avg, exp_avg_sq, ema, ema_low, students, 
 _DTYPES = {
     "grads": _KINDS, "students": _KINDS, "teachers": _KINDS, "exp_avg": (torch.float32,), "exp_avg_sq": (torch.float32,),
     "theta_low": (torch.int16,), "ema_low": (torch.int16,),
-}  # fmt: skip
+}
 
 
 def _check(name: str, tensors: Sequence[Tensor], theta: Sequence[Tensor], dtypes: Any) -> None:
@@ -419,7 +419,7 @@ def adamw_ema(
     if (ema_low or teachers) and not ema:
         raise ValueError("adamw_ema: ema_low and teachers need ema")
     lists = dict(theta=theta, theta_low=theta_low, grads=grads, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, ema=ema,
-                 ema_low=ema_low, students=students, teachers=teachers)  # fmt: skip
+                 ema_low=ema_low, students=students, teachers=teachers)
     for name, tensors in lists.items():
         halves = theta_low if name == "theta" else ema_low
         _check(name, tensors, theta, _DTYPES.get(name) or ((torch.bfloat16,) if halves else (torch.float32,)))
@@ -428,7 +428,7 @@ def adamw_ema(
 
 def _case(name: str, **constexprs: Any) -> CompileCase:
     default = dict(GRAD="bf16", THETA_HALVES=False, EMA=True, EMA_HALVES=False, STUDENT="bf16", TEACHER="bf16",
-                   ALIGNED=True, CHUNK=CHUNK, BLOCK=BLOCK)  # fmt: skip
+                   ALIGNED=True, CHUNK=CHUNK, BLOCK=BLOCK)
     signature = {"addresses": "*i64", "numbers": "*fp32", "chunks": "*i32"}
     return CompileCase(f"adamw_ema {name}", adamw_ema_kernel, signature, {**default, **constexprs}, num_warps=8)
 

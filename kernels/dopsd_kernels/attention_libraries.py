@@ -207,7 +207,7 @@ def flash_attn_3_backward(
     _module(FLASH_ATTN_3)._flash_attn_backward(
         dout, q, k, v, out, _shaped(lse, q, starts), dq=dq, dk=dk, dv=dv, softmax_scale=q.shape[-1] ** -0.5,
         deterministic=torch.are_deterministic_algorithms_enabled(), **_packing(starts, longest),
-    )  # fmt: skip
+    )
     return dq, dk, dv
 
 

@@ -35,7 +35,7 @@ FINISH_BLOCK = 4096
 def _divergence_step_kernel(
     v_s, v_t, x, grad_v, x_next, x1_s, x1_t, partial, n, grad_scale, dt, rest,
     WANT_NEXT: tl.constexpr, WANT_X1: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < n
     s = tl.load(v_s + at, mask=mask, other=0.0).to(tl.float32)
@@ -148,7 +148,7 @@ def divergence_step_fwd(
         launch(
             _divergence_step_kernel, (blocks,), v_s, v_t, x, grad_v, x_next, x1_s, x1_t, partial, n,
             2 * weight / n, float(dt), 1.0 - t, WANT_NEXT=want_next, WANT_X1=want_x1, **config,
-        )  # fmt: skip
+        )
         launch(_divergence_mean_kernel, (1,), partial, mean_square, blocks, n, BLOCK=FINISH_BLOCK, num_warps=8)
     return mean_square, grad_v, x_next, x1_s, x1_t
 
@@ -222,7 +222,7 @@ def divergence_step(
 def _(
     v_s: Tensor, v_t: Tensor, x: Tensor, weight: float, dt: float, t: float, want_next: bool, want_x1: bool,
     *, out: tuple[Tensor, ...],
-) -> Cost:  # fmt: skip
+) -> Cost:
     """The partial sums are written and read."""
     n = v_s.numel()
     if n == 0:

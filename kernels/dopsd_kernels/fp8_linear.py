@@ -253,7 +253,7 @@ def rmsnorm_modulate_quantise(
     launch(
         norm_quantise_kernel, (x.shape[0],), x, x.stride(0), weight, scale, row_stride(scale), row_sequence, eps, q, q_scale,
         rstd, y if emit_y else None, WIDTH=x.shape[1], **launch_shape(x.shape[1]),
-    )  # fmt: skip
+    )
     return q, q_scale, rstd, y
 
 

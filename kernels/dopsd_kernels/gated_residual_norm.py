@@ -69,7 +69,7 @@ def _load_gated(weight, gate, gate_stride, sequence, columns, mask):
 def forward_kernel(
     x, x_stride, h, h_stride, weight, gate, gate_stride, next_weight, next_scale, next_scale_stride, row_sequence, eps,
     r, y, rstd_h, rstd_r, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Grid (T,): program t makes row t of r and, with `next_weight`, of y, and their statistics."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -98,7 +98,7 @@ def backward_kernel(
     next_weight, next_scale, next_scale_stride, rstd_h, rstd_r, row_sequence, chunks,
     dx, dh, y, partial, next_partial,
     WIDTH: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+):
     """With a partial `[C * SPLIT, WIDTH]`: grid (C * SPLIT,), program p takes every SPLIT-th row of a chunk and writes row
     p of it: their sum of dx * hhat, of dy * rhat. Without: grid (T,), one row each. `y`: written again if not None."""
     program = tl.program_id(0)
@@ -200,7 +200,7 @@ def gated_residual_norm_fwd(
         forward_kernel, (tokens,), x, x.stride(0), h, h.stride(0), weight, gate, row_stride(gate),
         next_weight, next_scale, row_stride(next_scale), row_sequence, eps, r, y, rstd_h, rstd_r,
         WIDTH=width, **launch_shape(width),
-    )  # fmt: skip
+    )
     return r, y, rstd_h, rstd_r
 
 
@@ -286,7 +286,7 @@ def gated_residual_norm_bwd(
         return native_ops.gated_residual_norm_bwd(
             dr, dy, h, r, weight, gate, next_weight, next_scale, rstd_h, rstd_r, row_sequence, chunks,
             need_weight, need_modulation, emit_y,
-        )  # fmt: skip
+        )
     parts = _parts(h, weight, gate, next_weight, next_scale, need_weight, need_modulation)
     sums = (*parts[0].results(h), *parts[1].results(h))
     if chosen == "torch":
@@ -308,7 +308,7 @@ def gated_residual_norm_bwd(
         chunks, dx, dh, y if emit_y else None, *partials,
         WIDTH=width, SPLIT=split, STAGES=pipeline_stages(width, h.element_size(), 4) if asked else 1,
         **launch_shape(width, BACKWARD_ELEMENTS),
-    )  # fmt: skip
+    )
     if asked:
         finish(given(*partials), asked, chunks, split)
     return dx, dh, *sums, y
@@ -385,7 +385,7 @@ def _backward_torch(
 def _(
     dr, dy, h, r, weight, gate, next_weight, next_scale, rstd_h, rstd_r, row_sequence, chunks,
     need_weight, need_modulation, emit_y,
-):  # fmt: skip
+):
     _check_backward(dr, dy, h, r, weight, gate, next_weight, next_scale, row_sequence, emit_y)
     parts = _parts(h, weight, gate, next_weight, next_scale, need_weight, need_modulation)
     y = h.new_empty(h.shape if emit_y else 0)
@@ -410,7 +410,7 @@ def _backward(ctx, dr, dy, _, __):
     dx, dh, *sums, _ = _backward_op(
         dr, dy, h, r, weight, gate, next_weight, next_scale, rstd_h, rstd_r, row_sequence, chunks,
         needed[0] or needed[2], needed[1] or needed[3], False,
-    )  # fmt: skip
+    )
     gradients = [like(*each) for each in zip(sums, (weight, gate, next_weight, next_scale), needed)]
     return dx, dh, *gradients, None, None, None
 
@@ -452,7 +452,7 @@ def _forward_cost(x, h, weight, gate, next_weight, next_scale, row_sequence, eps
 def _backward_cost(
     dr, dy, h, r, weight, gate, next_weight, next_scale, rstd_h, rstd_r, row_sequence, chunks,
     need_weight, need_modulation, emit_y, *, out,
-) -> Cost:  # fmt: skip
+) -> Cost:
     moved = size(dr, dy, h, weight, gate, rstd_h, out[0], out[1], out[6])
     if emit_y or dy is not None:
         moved += size(r, next_weight, next_scale, rstd_r)

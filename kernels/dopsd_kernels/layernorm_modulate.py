@@ -56,7 +56,7 @@ def _load_shift(shift, shift_stride, sequence, columns, mask):
 def forward_kernel(
     x, x_stride, scale, scale_stride, shift, shift_stride, row_sequence, eps, y, mean, rstd,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Grid (T,): program t makes row t of y, mean[t] and rstd[t]."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -82,7 +82,7 @@ def backward_kernel(
     dy, dy_stride, x, x_stride, scale, scale_stride, shift, shift_stride, mean, rstd, row_sequence, chunks,
     dx, y, partial_scale, partial_shift,
     WIDTH: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+):
     """With a `partial_* [C * SPLIT, WIDTH]`: grid (C * SPLIT,), program p takes every SPLIT-th row of a chunk and writes
     row p of it: their sum of dy * xhat, of dy. Without: grid (T,), one row each. `y`: written again if not None."""
     program = tl.program_id(0)
@@ -163,7 +163,7 @@ def layernorm_modulate_fwd(
     launch(
         forward_kernel, (tokens,), x, x.stride(0), scale, row_stride(scale), shift, row_stride(shift), row_sequence, eps,
         y, mean, rstd, WIDTH=width, **launch_shape(width),
-    )  # fmt: skip
+    )
     return y, mean, rstd
 
 
@@ -224,7 +224,7 @@ def layernorm_modulate_bwd(
         chunks, dx, y if emit_y else None, *partials,
         WIDTH=width, SPLIT=split, STAGES=pipeline_stages(width, x.element_size(), 2) if asked else 1,
         **launch_shape(width),
-    )  # fmt: skip
+    )
     if asked:
         finish(given(*partials), asked, chunks, split)
     return dx, dscale, dshift, y

@@ -53,14 +53,14 @@ def rmsnorm_modulate_fwd(
     _native.rmsnorm_modulate_fwd(
         tokens, width, 0 if scale is None else scale.shape[0], row_sequence.data_ptr(), *_rows(x), _address(weight),
         *_rows(scale), eps, y.data_ptr(), rstd.data_ptr(),
-    )  # fmt: skip
+    )
     return y, rstd
 
 
 def rmsnorm_modulate_bwd(
     dy: Tensor, x: Tensor, weight: Tensor | None, scale: Tensor | None, rstd: Tensor, row_sequence: Tensor, chunks: Tensor,
     need_weight: bool, need_scale: bool, emit_y: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, width = x.shape
     dx, y = x.new_empty(tokens, width), x.new_empty((tokens, width) if emit_y else 0)
     dweight, dscale = _new(weight, need_weight, x), _new(scale, need_scale, x)
@@ -68,7 +68,7 @@ def rmsnorm_modulate_bwd(
         tokens, width, 0 if scale is None else scale.shape[0], row_sequence.data_ptr(), chunks.data_ptr(), chunks.shape[0],
         *_rows(dy), *_rows(x), _address(weight), *_rows(scale), rstd.data_ptr(), dx.data_ptr(), dweight.data_ptr(),
         dscale.data_ptr(), y.data_ptr(),
-    )  # fmt: skip
+    )
     return dx, dweight, dscale, y
 
 
@@ -80,14 +80,14 @@ def layernorm_modulate_fwd(
     _native.layernorm_modulate_fwd(
         tokens, width, _sequences(scale, shift), row_sequence.data_ptr(), *_rows(x), *_rows(scale), *_rows(shift), eps,
         y.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
-    )  # fmt: skip
+    )
     return y, mean, rstd
 
 
 def layernorm_modulate_bwd(
     dy: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, mean: Tensor, rstd: Tensor, row_sequence: Tensor,
     chunks: Tensor, need_modulation: bool, emit_y: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, width = x.shape
     dx, y = x.new_empty(tokens, width), x.new_empty((tokens, width) if emit_y else 0)
     dscale, dshift = _new(scale, need_modulation, x), _new(shift, need_modulation, x)
@@ -95,7 +95,7 @@ def layernorm_modulate_bwd(
         tokens, width, _sequences(scale, shift), row_sequence.data_ptr(), chunks.data_ptr(), chunks.shape[0], *_rows(dy),
         *_rows(x), *_rows(scale), *_rows(shift), mean.data_ptr(), rstd.data_ptr(), dx.data_ptr(), dscale.data_ptr(),
         dshift.data_ptr(), y.data_ptr(),
-    )  # fmt: skip
+    )
     return dx, dscale, dshift, y
 
 
@@ -108,14 +108,14 @@ def divergence_step_fwd(
     _native.divergence_step_fwd(
         n, v_s.data_ptr(), v_t.data_ptr(), x.data_ptr(), 2 * weight / max(n, 1), dt, 1 - t, mean_square.data_ptr(),
         grad_v.data_ptr(), x_next.data_ptr(), x1_s.data_ptr(), x1_t.data_ptr(),
-    )  # fmt: skip
+    )
     return mean_square, grad_v, x_next, x1_s, x1_t
 
 
 def gated_residual_norm_fwd(
     x: Tensor, h: Tensor, weight: Tensor, gate: Tensor | None, next_weight: Tensor | None, next_scale: Tensor | None,
     row_sequence: Tensor, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, width = x.shape
     more = next_weight is not None
     r, y = x.new_empty(tokens, width), x.new_empty((tokens, width) if more else 0)
@@ -124,7 +124,7 @@ def gated_residual_norm_fwd(
         tokens, width, _sequences(gate, next_scale), row_sequence.data_ptr(), *_rows(x), *_rows(h), weight.data_ptr(),
         *_rows(gate), _address(next_weight), *_rows(next_scale), eps, r.data_ptr(), y.data_ptr(), rstd_h.data_ptr(),
         rstd_r.data_ptr(),
-    )  # fmt: skip
+    )
     return r, y, rstd_h, rstd_r
 
 
@@ -132,7 +132,7 @@ def gated_residual_norm_bwd(
     dr: Tensor | None, dy: Tensor | None, h: Tensor, r: Tensor, weight: Tensor, gate: Tensor | None,
     next_weight: Tensor | None, next_scale: Tensor | None, rstd_h: Tensor, rstd_r: Tensor, row_sequence: Tensor,
     chunks: Tensor, need_weight: bool, need_modulation: bool, emit_y: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, width = h.shape
     dx, dh = h.new_empty(tokens, width), h.new_empty(tokens, width)
     y = h.new_empty((tokens, width) if emit_y and next_weight is not None else 0)
@@ -143,7 +143,7 @@ def gated_residual_norm_bwd(
         *_rows(dr), *_rows(dy), *_rows(h), *_rows(r), weight.data_ptr(), *_rows(gate), _address(next_weight),
         *_rows(next_scale), rstd_h.data_ptr(), rstd_r.data_ptr(), dx.data_ptr(), dh.data_ptr(), dweight.data_ptr(),
         dgate.data_ptr(), dnext_weight.data_ptr(), dnext_scale.data_ptr(), y.data_ptr(),
-    )  # fmt: skip
+    )
     return dx, dh, dweight, dgate, dnext_weight, dnext_scale, y
 
 
@@ -159,21 +159,21 @@ def qk_norm_rope_fwd(
     _native.qk_norm_rope_fwd(
         tokens, heads, head_dim, *_rows(qkv), _address(q_weight), _address(k_weight), *_rows(cos), *_rows(sin), eps,
         q.data_ptr(), k.data_ptr(),
-    )  # fmt: skip
+    )
     return q, k
 
 
 def qk_norm_rope_bwd(
     dq: Tensor, dk: Tensor, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor,
     heads: int, eps: float, need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     tokens, head_dim = qkv.shape[0], qkv.shape[1] // (3 * heads)
     dqk = qkv.new_empty(tokens, 2 * heads * head_dim)
     dq_weight, dk_weight = _new(q_weight, need_weight, qkv), _new(k_weight, need_weight, qkv)
     _native.qk_norm_rope_bwd(
         tokens, heads, head_dim, *_rows(dq), dq.stride(1), *_rows(dk), dk.stride(1), *_rows(qkv), _address(q_weight),
         _address(k_weight), *_rows(cos), *_rows(sin), eps, dqk.data_ptr(), dq_weight.data_ptr(), dk_weight.data_ptr(),
-    )  # fmt: skip
+    )
     return dqk, dq_weight, dk_weight
 
 

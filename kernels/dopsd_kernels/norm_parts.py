@@ -60,7 +60,7 @@ def load_factor(vector, modulation, modulation_stride, sequence, columns, mask):
 def _finish_part(
     partial, weight, modulation, modulation_stride, dweight, dmodulation, chunks, chunk_count, sequences,
     GATED: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
-):  # fmt: skip
+):
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < WIDTH
     lanes = tl.arange(0, PIECES)
@@ -114,19 +114,19 @@ def finish_kernel(
     partial_b, weight_b, modulation_b, stride_b, dweight_b, dmodulation_b,
     chunks, chunk_count, sequences,
     GATED_A: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
-):  # fmt: skip
+):
     """Grid (column blocks, S + 1, parts): program (j, s) makes row s of dmodulation, program (j, S) makes dweight."""
     if tl.program_id(2) == 0:
         _finish_part(
             partial_a, weight_a, modulation_a, stride_a, dweight_a, dmodulation_a, chunks, chunk_count, sequences,
             GATED_A, WIDTH, SPLIT, BLOCK, PIECES,
-        )  # fmt: skip
+        )
     else:
         if partial_b is not None:
             _finish_part(
                 partial_b, weight_b, modulation_b, stride_b, dweight_b, dmodulation_b, chunks, chunk_count, sequences,
                 False, WIDTH, SPLIT, BLOCK, PIECES,
-            )  # fmt: skip
+            )
 
 
 @dataclass
@@ -218,7 +218,7 @@ def finish(partials: Sequence[Tensor], parts: Sequence[Part], chunks: Tensor, sp
         finish_kernel, (-(-width // FINISH_COLUMNS), roles, len(parts)), *parts[0].arguments(partials[0]), *second,
         chunks, chunks.shape[0], sequences, GATED_A=parts[0].gated, WIDTH=width, SPLIT=split,
         BLOCK=FINISH_COLUMNS, PIECES=FINISH_PIECES, num_warps=FINISH_WARPS,
-    )  # fmt: skip
+    )
 
 
 def backward_cost(

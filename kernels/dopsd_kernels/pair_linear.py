@@ -71,7 +71,7 @@ def pair_linear_ref(
 def _check(
     branch: str, x: Tensor, w: Sequence[Tensor], bias: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor],
     scales: Sequence[float],
-) -> None:  # fmt: skip
+) -> None:
     """ValueError, one line, for what the kernels cannot read."""
 
     def refuse(what: str) -> None:
@@ -107,7 +107,7 @@ def _check_pair(
     x_s: Tensor, x_t: Tensor | None, w_s: Sequence[Tensor], w_t: Sequence[Tensor], bias_s: Sequence[Tensor],
     bias_t: Sequence[Tensor], a_s: Sequence[Tensor], b_s: Sequence[Tensor], a_t: Sequence[Tensor], b_t: Sequence[Tensor],
     scales_s: Sequence[float], scales_t: Sequence[float],
-) -> None:  # fmt: skip
+) -> None:
     _check("student", x_s, w_s, bias_s, a_s, b_s, scales_s)
     if x_t is not None:
         _check("teacher", x_t, w_t, bias_t, a_t, b_t, scales_t)
@@ -168,7 +168,7 @@ def _worth_adding(x: Tensor, weight: Tensor, keeps_product: bool) -> bool:
 def _mm_forward(
     x: Tensor, w: Sequence[Tensor], bias: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float],
     xa: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """One branch by GEMM calls that write into column slices of the result; fills `xa` when given."""
     y = x.new_empty(x.shape[0], sum(weight.shape[0] for weight in w))
     products = slices(xa, ranks(a)) if xa is not None else []
@@ -208,7 +208,7 @@ def _mm_through(dy: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[floa
 def _mm_backward(
     dy: Sequence[Tensor], x: Tensor, w: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float],
     xa: Tensor, need_x: bool, need_lora: bool, q: Tensor | None,
-) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """(dx, dA, dB) by GEMM calls; the sum over members is accumulated with beta = 1."""
     sizes = ranks(a) or [0] * len(w)
     folded = [r > 0 and _worth_adding(x, m, need_lora or q is not None) for r, m in zip(sizes, w)]
@@ -235,7 +235,7 @@ def run_forward(
     x_s: Tensor, x_t: Tensor | None, w_s: Sequence[Tensor], w_t: Sequence[Tensor], bias_s: Sequence[Tensor],
     bias_t: Sequence[Tensor], a_s: Sequence[Tensor], b_s: Sequence[Tensor], a_t: Sequence[Tensor], b_t: Sequence[Tensor],
     scales_s: Sequence[float], scales_t: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """What the custom op `pair_linear_fwd` runs, without its dispatch; inside torch.no_grad."""
     _check_pair(x_s, x_t, w_s, w_t, bias_s, bias_t, a_s, b_s, a_t, b_t, scales_s, scales_t)
     rank = sum(ranks(a_s))
@@ -251,7 +251,7 @@ def run_forward(
 def run_backward(
     dy: Sequence[Tensor], x: Tensor, w: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float],
     xa: Tensor, need_x: bool, need_w: bool, need_bias: bool, need_lora: bool, q: Tensor | None = None,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """What the custom op `pair_linear_bwd` runs, without its dispatch; inside torch.no_grad."""
     _check_gradients(dy, [m.shape[0] for m in w], x)
     need_lora = need_lora and len(a) > 0
@@ -274,7 +274,7 @@ def pair_linear_fwd(
     x_s: Tensor, x_t: Tensor | None, w_s: Sequence[Tensor], w_t: Sequence[Tensor], bias_s: Sequence[Tensor],
     bias_t: Sequence[Tensor], a_s: Sequence[Tensor], b_s: Sequence[Tensor], a_t: Sequence[Tensor], b_t: Sequence[Tensor],
     scales_s: Sequence[float], scales_t: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Both branches. Returns (y_s [Ts, sum N], y_t [Tt, sum N], xa_s [Ts, sum r]: x_s A^T, which the backward needs); y_t
     and xa_s are empty [0] when there is no teacher, no student adapter.
 
@@ -287,7 +287,7 @@ def pair_linear_fwd(
 @pair_linear_fwd.register_fake
 def _(x_s: Tensor, x_t: Tensor | None, w_s: Sequence[Tensor], w_t: Sequence[Tensor], bias_s: Sequence[Tensor],
       bias_t: Sequence[Tensor], a_s: Sequence[Tensor], b_s: Sequence[Tensor], a_t: Sequence[Tensor], b_t: Sequence[Tensor],
-      scales_s: Sequence[float], scales_t: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+      scales_s: Sequence[float], scales_t: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
     _check_pair(x_s, x_t, w_s, w_t, bias_s, bias_t, a_s, b_s, a_t, b_t, scales_s, scales_t)
     columns, rank = sum(m.shape[0] for m in w_s), sum(ranks(a_s))
     y_t = x_s.new_empty(0) if x_t is None else x_t.new_empty(x_t.shape[0], columns)
@@ -299,7 +299,7 @@ def _(x_s: Tensor, x_t: Tensor | None, w_s: Sequence[Tensor], w_t: Sequence[Tens
 def pair_linear_bwd(
     dy: Sequence[Tensor], x: Tensor, w: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float],
     xa: Tensor, need_x: bool, need_w: bool, need_bias: bool, need_lora: bool, q: Tensor | None = None,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """Gradients of one branch: one flat list [dx] + dW (G) + dbias (G) + dA (G) + dB (G), of which every group that is not
     needed is left out (`split_gradients` takes it apart); dA and dB are empty [0] for a member without adapter, and
     left out when there is no adapter at all (a == []).
@@ -315,7 +315,7 @@ def pair_linear_bwd(
 @pair_linear_bwd.register_fake
 def _(dy: Sequence[Tensor], x: Tensor, w: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float],
       xa: Tensor, need_x: bool, need_w: bool, need_bias: bool, need_lora: bool,
-      q: Tensor | None = None) -> list[Tensor]:  # fmt: skip
+      q: Tensor | None = None) -> list[Tensor]:
     out = [x.new_empty(x.shape)] if need_x else []
     if need_w:
         out += [m.new_empty(m.shape) for m in w]
@@ -351,7 +351,7 @@ def _forward_cost(
     x_s: Tensor, x_t: Tensor | None, w_s: Sequence[Tensor], w_t: Sequence[Tensor], bias_s: Sequence[Tensor],
     bias_t: Sequence[Tensor], a_s: Sequence[Tensor], b_s: Sequence[Tensor], a_t: Sequence[Tensor], b_t: Sequence[Tensor],
     *_: Any, out: Any,
-) -> Cost:  # fmt: skip
+) -> Cost:
     branches = [(x_s, w_s, bias_s, a_s)] + ([] if x_t is None else [(x_t, w_t, bias_t, a_t)])
     adapters = sum(r > 0 for _, _, _, a in branches for r in ranks(a))
     flops = sum(2 * x.shape[0] * sum(m.numel() for m in w) + _rank_flops(x.shape[0], w, a) for x, w, _, a in branches)
@@ -378,7 +378,7 @@ def _through_cost(dy: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[fl
 def _backward_cost(
     dy: Sequence[Tensor], x: Tensor, w: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float],
     xa: Tensor, need_x: bool, need_w: bool, need_bias: bool, need_lora: bool, q: Tensor | None = None, *, out: Any,
-) -> Cost:  # fmt: skip
+) -> Cost:
     tokens, adapters = x.shape[0], sum(r > 0 for r in ranks(a))
     if tokens == 0:
         return Cost()
@@ -451,7 +451,7 @@ def pair_linear(
     bias_s: Sequence[Tensor] = (), bias_t: Sequence[Tensor] = (),
     a_s: Sequence[Tensor] = (), b_s: Sequence[Tensor] = (), a_t: Sequence[Tensor] = (), b_t: Sequence[Tensor] = (),
     scales_s: Sequence[float] = (), scales_t: Sequence[float] = (),
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """(y_s [Ts, sum N], y_t [Tt, sum N] or None), differentiable with respect to the student's tensors only.
 
     Arguments as in `pair_linear_fwd`; ValueError, one line, for shapes, dtypes, devices or strides that do not fit.
@@ -459,5 +459,5 @@ def pair_linear(
     y_s, y_t, _ = pair_linear_fwd(
         x_s, x_t, list(w_s), list(w_t), list(bias_s), list(bias_t), list(a_s), list(b_s), list(a_t), list(b_t),
         [float(s) for s in scales_s], [float(s) for s in scales_t],
-    )  # fmt: skip
+    )
     return y_s, None if x_t is None else y_t

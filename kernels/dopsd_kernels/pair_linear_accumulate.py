@@ -23,7 +23,7 @@ from dopsd_kernels.pair_linear import chosen_kernel, fused, slices
 def pair_linear_accumulate_ref(
     sums_w: Sequence[Tensor], sums_a: Sequence[Tensor], sums_b: Sequence[Tensor], dy: Sequence[Tensor], x: Tensor,
     scales: Sequence[float], xa: Tensor, q: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """The formulas, in the sums' dtype."""
     ranks = [m.shape[0] if m.numel() else 0 for m in sums_a]
     for total, gradient in zip(sums_w, dy):
@@ -38,7 +38,7 @@ def pair_linear_accumulate_ref(
 def pair_linear_accumulate(
     sums_w: Sequence[Tensor], sums_a: Sequence[Tensor], sums_b: Sequence[Tensor], dy: Sequence[Tensor], x: Tensor,
     scales: Sequence[float], xa: Tensor, q: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """Adds to `sums_w` ([] where the matrices are frozen), and to `sums_a` and `sums_b` ([] without adapters; an empty tensor
     for a member without). ValueError for sums of another shape or a narrower dtype than said above."""
     _check(sums_w, sums_a, sums_b, dy, x)
@@ -91,7 +91,7 @@ def _check(
 def _(
     sums_w: Sequence[Tensor], sums_a: Sequence[Tensor], sums_b: Sequence[Tensor], dy: Sequence[Tensor], x: Tensor,
     scales: Sequence[float], xa: Tensor, q: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     _check(sums_w, sums_a, sums_b, dy, x)
 
 
@@ -99,7 +99,7 @@ def _(
 def _cost(
     sums_w: Sequence[Tensor], sums_a: Sequence[Tensor], sums_b: Sequence[Tensor], dy: Sequence[Tensor], x: Tensor, *_: Any,
     out: Any,
-) -> Cost:  # fmt: skip
+) -> Cost:
     tokens, adapters = x.shape[0], sum(m.numel() > 0 for m in sums_a)
     if not tokens:
         return Cost()

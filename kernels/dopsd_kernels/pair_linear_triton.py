@@ -38,7 +38,7 @@ def _pick(number, first, second, third):
 def _accumulate(
     total, left, right, rows, columns, inside_rows, inside_columns, depth,
     left_stride, right_depth_stride, right_column_stride, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """total + left[rows, :depth] right[:depth, columns]; left has unit stride along depth."""
     inner = tl.arange(0, BLOCK_K)
     left += rows[:, None].to(tl.int64) * left_stride + inner[None, :]
@@ -71,7 +71,7 @@ def project_kernel(
     s01, s02, s10, s11, s12, y_s, y_t, y_stride_s, y_stride_t, BIAS_S: tl.constexpr, BIAS_T: tl.constexpr,
     ADAPTERS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+):
     number = tl.program_id(0)
     columns_s = tl.cdiv(n00, BLOCK_N) + tl.cdiv(n01, BLOCK_N) + tl.cdiv(n02, BLOCK_N)
     columns_t = tl.cdiv(n10, BLOCK_N) + tl.cdiv(n11, BLOCK_N) + tl.cdiv(n12, BLOCK_N)
@@ -98,14 +98,14 @@ def project_kernel(
         total = _accumulate(
             total, p, b, rows, columns, inside_rows, inside_columns, rank, tl.where(student, p_stride_s, p_stride_t), 1, rank,
             BLOCK_R, PRECISION,
-        )  # fmt: skip
+        )
         total *= tl.where(student, _pick(member, s00, s01, s02), _pick(member, s10, s11, s12))
     x = tl.where(student, x_s, x_t)
     m = tl.where(student, _pick(member, m00, m01, m02), _pick(member, m10, m11, m12))
     total = _accumulate(
         total, x, m, rows, columns, inside_rows, inside_columns, depth, tl.where(student, x_stride_s, x_stride_t), 1, depth,
         BLOCK_K, PRECISION,
-    )  # fmt: skip
+    )
     if BIAS_S or BIAS_T:
         bias = tl.where(student, _pick(member, bias00, bias01, bias02), _pick(member, bias10, bias11, bias12))
         asked = inside_columns & tl.where(student, BIAS_S, BIAS_T)
@@ -120,7 +120,7 @@ def through_kernel(
     dy0, dy1, dy2, dy_stride0, dy_stride1, dy_stride2, rows_count, n0: tl.constexpr, n1: tl.constexpr, n2: tl.constexpr,
     b0, b1, b2, r0: tl.constexpr, r1: tl.constexpr, r2: tl.constexpr, s0, s1, s2, q, q_stride, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+):
     second, third = tl.cdiv(r0, BLOCK_R), tl.cdiv(r0, BLOCK_R) + tl.cdiv(r1, BLOCK_R)
     row_block, column_block = _tile(tl.program_id(0), rows_count, third + tl.cdiv(r2, BLOCK_R), BLOCK_M, GROUP)
     member = (column_block >= second).to(tl.int32) + (column_block >= third).to(tl.int32)
@@ -133,7 +133,7 @@ def through_kernel(
         tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32), _pick(member, dy0, dy1, dy2), _pick(member, b0, b1, b2), rows, columns,
         inside_rows, inside_columns, _pick(member, n0, n1, n2), _pick(member, dy_stride0, dy_stride1, dy_stride2), rank, 1,
         BLOCK_K, PRECISION,
-    )  # fmt: skip
+    )
     total *= _pick(member, s0, s1, s2)
     q += _pick(member, 0, r0, r0 + r1) + rows[:, None].to(tl.int64) * q_stride + columns[None, :]
     tl.store(q, total.to(q.dtype.element_ty), mask=inside_rows[:, None] & inside_columns[None, :])
@@ -145,7 +145,7 @@ def input_gradient_kernel(
     w0, w1, w2, depth: tl.constexpr, q, q_stride, a0, a1, a2, r0: tl.constexpr, r1: tl.constexpr, r2: tl.constexpr, dx,
     dx_stride, MEMBERS: tl.constexpr, ADAPTERS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+):
     row_block, column_block = _tile(tl.program_id(0), rows_count, tl.cdiv(depth, BLOCK_N), BLOCK_M, GROUP)
     rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
     columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -156,11 +156,11 @@ def input_gradient_kernel(
             total = _accumulate(
                 total, q + _pick(g, 0, r0, r0 + r1), _pick(g, a0, a1, a2), rows, columns, inside_rows, inside_columns,
                 _pick(g, r0, r1, r2), q_stride, depth, 1, BLOCK_R, PRECISION,
-            )  # fmt: skip
+            )
         total = _accumulate(
             total, _pick(g, dy0, dy1, dy2), _pick(g, w0, w1, w2), rows, columns, inside_rows, inside_columns,
             _pick(g, n0, n1, n2), _pick(g, dy_stride0, dy_stride1, dy_stride2), depth, 1, BLOCK_K, PRECISION,
-        )  # fmt: skip
+        )
     dx += rows[:, None] * dx_stride + columns[None, :]
     tl.store(dx, total.to(dx.dtype.element_ty), mask=inside_rows[:, None] & inside_columns[None, :])
 
@@ -171,7 +171,7 @@ def adapter_gradients_kernel(
     x, x_stride, depth: tl.constexpr, p, p_stride, q, q_stride, r0: tl.constexpr, r1: tl.constexpr, r2: tl.constexpr, s0,
     s1, s2, da0, da1, da2, db0, db1, db2, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
+):
     """Programs of dB of every member first, then those of dA; a member's blocks of rank lie along the second axis."""
     number = tl.program_id(0)
     second, third = tl.cdiv(n0, BLOCK_M), tl.cdiv(n0, BLOCK_M) + tl.cdiv(n1, BLOCK_M)
@@ -308,14 +308,14 @@ def _project(student: Branch, teacher: Branch, tiles: Tiles) -> None:
         BIAS_S=bool(student.bias), BIAS_T=bool(teacher.bias), ADAPTERS=rank > 0, PRECISION=_precision(x),
         BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, BLOCK_R=_depth_of_rank(rank), GROUP=GROUP,
         num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
+    )
 
 
 def forward(
     x_s: Tensor, x_t: Tensor | None, w_s: Sequence[Tensor], w_t: Sequence[Tensor], bias_s: Sequence[Tensor],
     bias_t: Sequence[Tensor], a_s: Sequence[Tensor], b_s: Sequence[Tensor], a_t: Sequence[Tensor], b_t: Sequence[Tensor],
     scales_s: Sequence[float], scales_t: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """`pair_linear_fwd` in two launches, or in one where there is no adapter."""
     widths = [m.shape[0] for m in w_s]
     teacher_x = x_s[:0] if x_t is None else x_t
@@ -348,7 +348,7 @@ def through(dy: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float], 
             *_gradients(dy), *_padded(b, like), *_padded(ranks, 0), *_padded(scales, 0.0), q, q.stride(0),
             PRECISION=_precision(like), BLOCK_M=tiles.m, BLOCK_R=tiles.n, BLOCK_K=tiles.k, GROUP=GROUP,
             num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
+        )
     return q
 
 
@@ -361,7 +361,7 @@ def _gradients(dy: Sequence[Tensor]) -> list[Any]:
 def backward(
     dy: Sequence[Tensor], x: Tensor, w: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float],
     xa: Tensor, need_x: bool, need_lora: bool, q: Tensor | None = None,
-) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """(dx or None, dA, dB) of `pair_linear_bwd` in at most three launches, in two when q is given."""
     tokens, depth = x.shape
     ranks = _ranks(a, len(w))
@@ -380,7 +380,7 @@ def backward(
             *_gradients(dy), *_padded(w, x), depth, q, q.stride(0), *_padded(a, x), *_padded(ranks, 0), dx, dx.stride(0),
             MEMBERS=len(w), ADAPTERS=rank > 0, PRECISION=_precision(x), BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k,
             BLOCK_R=_depth_of_rank(rank), GROUP=GROUP, num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
+        )
     if need_lora and rank:
         adapter_gradients(dy, x, ranks, scales, xa, q, da, db, accumulate=False)
     return dx, da, db
@@ -389,7 +389,7 @@ def backward(
 def adapter_gradients(
     dy: Sequence[Tensor], x: Tensor, ranks: Sequence[int], scales: Sequence[float], xa: Tensor, q: Tensor,
     da: Sequence[Tensor], db: Sequence[Tensor], accumulate: bool,
-) -> None:  # fmt: skip
+) -> None:
     """dA and dB of every member into `da` and `db`, or added to what is there; one launch."""
     rank, depth = max(ranks), x.shape[1]
     tiles = gradient_tiles(x.dtype, rank)
@@ -402,7 +402,7 @@ def adapter_gradients(
         *_padded(ranks, 0), *_padded(scales, 0.0), *_padded(given[0], some), *_padded(given[1], some),
         ACCUMULATE=accumulate, PRECISION=_precision(x), BLOCK_M=tiles.m, BLOCK_R=tiles.n, BLOCK_T=tiles.k,
         num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
+    )
 
 
 def _case(name: str, kernel: Any, tiles: Tiles, constexprs: dict[str, Any], least: int = 80) -> CompileCase:

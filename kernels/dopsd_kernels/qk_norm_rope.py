@@ -47,7 +47,7 @@ def _rotate(x, c, s, HEADS: tl.constexpr, WIDTH: tl.constexpr):
 def _qk_norm_rope_fwd_kernel(
     qkv, q_weight, k_weight, cos, sin, q, k, stride_qkv, stride_cos, stride_sin, eps,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, NORM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     pair = tl.arange(0, BLOCK_D // 2)
@@ -74,7 +74,7 @@ def _qk_norm_rope_bwd_kernel(
     stride_dq, stride_dq_head, stride_dk, stride_dk_head, stride_qkv, stride_cos, stride_sin, eps,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, NORM: tl.constexpr, WEIGHT_GRAD: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     """Program (p, 0) handles q of tokens p * ROWS and following, (p, 1) k; row p of partial is [dq_weight | dk_weight]."""
     d = tl.arange(0, BLOCK_D)
     pair = tl.arange(0, BLOCK_D // 2)
@@ -171,7 +171,7 @@ def _rotate_torch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _backward_torch(
     dq: Tensor, dk: Tensor, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor,
     heads: int, eps: float, need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(qkv.dtype, torch.float32)
     cos, sin = cos.to(wide).unsqueeze(1), sin.to(wide).neg().unsqueeze(1)
     dqk = qkv.new_empty(qkv.shape[0], 2, heads, dq.shape[2])
@@ -198,7 +198,7 @@ def _wrong(name: str, text: str) -> ValueError:
 def _check(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, heads: int,
     dq: Tensor | None = None, dk: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     if qkv.dtype not in DTYPES:
         raise _wrong("qkv", f"is {qkv.dtype}, must be bf16, fp16, fp32 or fp64")
     if qkv.dim() != 2 or heads < 1 or qkv.shape[1] % (6 * heads) or not qkv.shape[1]:
@@ -265,7 +265,7 @@ def _(
 def qk_norm_rope_bwd(
     dq: Tensor, dk: Tensor, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor,
     heads: int, eps: float, need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk `[T, H, Dh]` with any token and head strides -> (dqk `[T, 2 * H * Dh]`, the gradient of qkv's first two thirds;
     dq_weight, dk_weight fp32 (fp64 for fp64) `[Dh]`, or `[0]` without `need_weight` or without weights)."""
     _check(qkv, q_weight, k_weight, cos, sin, heads, dq, dk)
@@ -287,7 +287,7 @@ def qk_norm_rope_bwd(
     launch(
         _qk_norm_rope_bwd_kernel, (programs, 2), dq, dk, qkv, q_weight, k_weight, cos, sin, dqk, partial, tokens,
         *strides, eps, WEIGHT_GRAD=need_weight, ROWS=rows, **config,
-    )  # fmt: skip
+    )
     if need_weight:
         grid = (-(-2 * head_dim // FINISH_COLUMNS),)
         launch(_qk_norm_rope_finish_kernel, grid, partial, dq_weight, dk_weight, programs, **_finish_config(head_dim))
@@ -298,7 +298,7 @@ def qk_norm_rope_bwd(
 def _(
     dq: Tensor, dk: Tensor, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor,
     heads: int, eps: float, need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     _check(qkv, q_weight, k_weight, cos, sin, heads, dq, dk)
     width = qkv.shape[1] // (3 * heads) if need_weight and q_weight is not None else 0
     wide = torch.promote_types(qkv.dtype, torch.float32)
@@ -344,7 +344,7 @@ def qk_norm_rope(
 def _(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, heads: int, eps: float,
     *, out: tuple[Tensor, Tensor],
-) -> Cost:  # fmt: skip
+) -> Cost:
     return Cost(launches=min(len(qkv), 1), elementwise_bytes=2 * size(*out) + size(q_weight, k_weight, cos, sin))
 
 
@@ -352,7 +352,7 @@ def _(
 def _(
     dq: Tensor, dk: Tensor, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor,
     heads: int, eps: float, need_weight: bool, *, out: tuple[Tensor, Tensor, Tensor],
-) -> Cost:  # fmt: skip
+) -> Cost:
     """cos and sin are read for q and for k; q and k only for the norm; the partial sums are written and read."""
     dqk, dq_weight, dk_weight = out
     moved = (2 if q_weight is None else 3) * size(dqk) + size(q_weight, k_weight) + 2 * size(cos, sin)

@@ -68,7 +68,7 @@ def forward_kernel(
 def backward_kernel(
     dy, dy_stride, x, x_stride, weight, scale, scale_stride, rstd, row_sequence, chunks, dx, y, partial,
     WIDTH: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+):
     """With `partial [C * SPLIT, WIDTH]`: grid (C * SPLIT,), program p takes every SPLIT-th row of a chunk and writes row
     p of it, their sum of dy * xhat. Without: grid (T,), one row each. `y`: written again where it is not None."""
     program = tl.program_id(0)
@@ -135,7 +135,7 @@ def rmsnorm_modulate_fwd(
     launch(
         forward_kernel, (tokens,), x, x.stride(0), weight, scale, row_stride(scale), row_sequence, eps, y, rstd,
         WIDTH=width, **launch_shape(width),
-    )  # fmt: skip
+    )
     return y, rstd
 
 
@@ -183,7 +183,7 @@ def rmsnorm_modulate_bwd(
         dx, y if emit_y else None, partial,
         WIDTH=width, SPLIT=split, STAGES=pipeline_stages(width, x.element_size(), 2) if part.asked else 1,
         **launch_shape(width),
-    )  # fmt: skip
+    )
     if partial is not None:
         finish([partial], [part], chunks, split)
     return dx, *part.results(x), y

@@ -1,6 +1,6 @@
-"""One Z-Image block for student and teacher at once, as one autograd node that keeps the least it can.
+"""One Z-Image block for student and teacher at once, as one autograd node, which keeps less for backward than autograd would.
 
-    r1 = x + tanh(gate_before) * RMSNorm(h) * w_before            what the block before left to be added
+    r1 = x + tanh(gate_before) * RMSNorm(h) * w_before            the residual sum of the block before
     z1 = RMSNorm(r1) * w1 * (1 + scale_attention)
     q, k, v = z1 Wq^T, z1 Wk^T, z1 Wv^T;  q, k = rope(RMSNorm(q) * wq), rope(RMSNorm(k) * wk)
     a = attention(q, k, v) Wo^T
@@ -8,13 +8,15 @@
     z2 = RMSNorm(r2) * w3 * (1 + scale_feed_forward)
     h' = (silu(z2 W1^T) * (z2 W3^T)) W2^T
 
-(r2, h', gate_feed_forward) go to the next block, so that each residual sum, its norms and the next modulation are one
-pass over memory. Without modulation (the context refiner) the gates are 1 and the scales 0. Tokens are packed `[T, D]`,
-without padding between sequences. Same numbers as diffusers' `ZImageTransformerBlock`.
+A block does not add its own last residual: it hands (r2, h', gate_feed_forward) to the next block, where they are x, h and
+gate_before. So each residual sum, its norms and the next modulation take one pass over memory. Blocks without modulation (the
+context refiner) have gates of 1 and scales of 0. The numbers are those of diffusers' `ZImageTransformerBlock`.
 
-Of the student's tokens, 13.3 values a token and channel stay for backward: r1, h, q, k, v, attention's output, a, r2 and
-the two halves of the feed-forward layer; what lies between them is made again by the backward kernels. Of the teacher's
-nothing stays.
+Shapes: T tokens of all sequences, packed without padding between sequences; S sequences; D width. Tokens are `[T, D]`.
+
+For backward the student keeps 13.3 values a token and channel: r1, h, q, k, v, the output of attention, a, r2 and the two
+halves of the feed-forward layer. The backward kernels compute the values in between again. The teacher has no backward and
+keeps nothing.
 """
 
 from __future__ import annotations
@@ -42,12 +44,13 @@ swiglu_fwd, swiglu_bwd = direct(swiglu.swiglu_fwd), direct(swiglu.swiglu_bwd)
 
 NORMS = ("before", "attention_norm1", "norm_q", "norm_k", "attention_norm2", "ffn_norm1")
 GROUPS = {"qkv": ("to_q", "to_k", "to_v"), "out": ("to_out",), "up": ("w1", "w3"), "down": ("w2",)}
-"""The matrices that share an input, in the order of the block."""
+"""The linear layers of a block in groups that share an input, in the order in which the block uses them."""
 
 
 @dataclass
 class Weights:
-    """A branch's parameters of one block. `norms`: by NORMS, None where there is none (no block before, no qk norm)."""
+    """One branch's parameters of one block: the norms' weights by the names in NORMS, and the matrices by the names in GROUPS.
+    A norm is None where the block has none: the first block has none before it, and a model may have no q and k norms."""
 
     norms: dict[str, Tensor | None]
     groups: dict[str, list[Matrix]]
@@ -75,10 +78,11 @@ class Weights:
         )
 
     def flat(self) -> list[Tensor | None]:
+        """Lists the norms' weights, then W, A and B of each matrix, as autograd takes them."""
         return [*self.norms.values(), *(tensor for group in self.groups.values() for m in group for tensor in m.parts)]
 
     def rebuilt(self, flat: Sequence[Tensor | None]) -> Weights:
-        """The same with other tensors, in the order of `flat`."""
+        """Returns the same structure with other values, given in the order of `flat`."""
         values = iter(flat)
         norms = {name: next(values) for name in self.norms}
         groups: dict[str, list[Matrix]] = {}
@@ -88,7 +92,7 @@ class Weights:
 
 
 class Modulation(NamedTuple):
-    """Each `[S, D]`, before 1 + and tanh; None: not modulated."""
+    """Scales and gates, each `[S, D]`, before `1 +` and `tanh` are applied. All are None in a block without modulation."""
 
     scale_attention: Tensor | None
     gate_attention: Tensor | None
@@ -96,7 +100,8 @@ class Modulation(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One branch on its way through a block."""
+    """One branch's input to a block: tokens x, h `[T, D]`, the gate `[S, D]` of h, and the branch's modulation, token layout
+    and parameters. In the first block of a stack h and gate are None."""
 
     x: Tensor
     h: Tensor | None
@@ -107,7 +112,8 @@ class Side(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Of the student, for backward, besides x and h. xa: the adapters' inner products, empty without adapters."""
+    """The student's values that backward reads besides x and h. `rstd_...` are the norms' statistics, `gu` the two halves of
+    the feed-forward layer side by side, `xa_...` the products x A^T of the adapters, which are empty without adapters."""
 
     r1: Tensor
     rstd_h: Tensor
@@ -127,17 +133,18 @@ class Kept(NamedTuple):
 
 
 def _enter(side: Side, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """r1, z1, and the two norms' statistics."""
+    """Returns r1, z1, and the statistics of the two norms, of h and of r1."""
     w, index = side.weights.norms, side.packed.sequences.row_sequence
     if side.h is None:
         z, rstd = rmsnorm_modulate_fwd(side.x, w["attention_norm1"], side.modulation.scale_attention, index, eps)
         return side.x, z, rstd.new_empty(0), rstd
     return gated_residual_norm_fwd(
         side.x, side.h, w["before"], side.gate, w["attention_norm1"], side.modulation.scale_attention, index, eps
-    )  # fmt: skip
+    )
 
 
 def _rotate(qkv: Tensor, side: Side, call: BlockCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns q, k (normalised and rotated) and v, each `[T, heads, head_dim]`, from the three projections side by side."""
     w, packed = side.weights.norms, side.packed
     q, k = qk_norm_rope_fwd(qkv, w["norm_q"], w["norm_k"], packed.cos, packed.sin, call.heads, call.qk_eps)
     width = qkv.shape[1] // 3
@@ -152,16 +159,17 @@ def _attend(qkv: Tensor, side: Side, call: BlockCall) -> tuple[Tensor, Tensor]:
 
 
 def _leave(side: Side, r1: Tensor, a: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """r2, z2, and the two norms' statistics."""
+    """Returns r2, z2, and the statistics of the two norms, of a and of r2."""
     w, index = side.weights.norms, side.packed.sequences.row_sequence
     return gated_residual_norm_fwd(
         r1, a, w["attention_norm2"], side.modulation.gate_attention, w["ffn_norm1"],
         side.modulation.scale_feed_forward, index, eps,
-    )  # fmt: skip
+    )
 
 
 def _forward(call: BlockCall, s: Side, t: Side | None) -> tuple[Kept, Tensor, Tensor | None, Tensor | None]:
-    """What to keep, h' of the student, r2 and h' of the teacher. The pair shares each projection."""
+    """Runs the block of student `s` and teacher `t` and returns (the student's kept values, its h', the teacher's r2 and h').
+    Each projection multiplies both branches' rows in one launch. The `del`s free the teacher's tensors as early as possible."""
     teacher_groups: dict[str, list[Matrix]] = t.weights.groups if t is not None else dict.fromkeys(GROUPS, [])
     r1, z, rstd_h, rstd_1 = _enter(s, call.eps)
     r1_t, z_t = _enter(t, call.eps)[:2] if t is not None else (None, None)
@@ -184,15 +192,17 @@ def _forward(call: BlockCall, s: Side, t: Side | None) -> tuple[Kept, Tensor, Te
 
 
 class BlockFunction(torch.autograd.Function):
-    """(x, h, gate, modulation, teacher's, the student's parameters) -> (r2, h', teacher's r2, teacher's h').
+    """The block as an autograd node: (student's x, h, gate and modulation, teacher, student's parameters) -> (r2, h', the
+    teacher's r2, the teacher's h').
 
-    `weights` and `teacher` are not seen by autograd; the student's parameters come again as `*parameters`, in the order of
-    `Weights.flat`. Backward uses the parameters themselves: ZeRO-3 takes their values away and puts them back before it."""
+    Autograd does not look into `weights` and `teacher`, so the student's parameters come a second time as `*parameters`, in the
+    order of `Weights.flat`, to receive their gradients. Backward reads the parameters through `weights` and does not save their
+    values, because ZeRO-3 may release the values after forward and gathers them again before backward."""
 
     @staticmethod
     def forward(ctx: Any, call: BlockCall, weights: Weights, teacher: Side | None, x: Tensor, h: Tensor | None,
                 gate: Tensor | None, scale_attention: Tensor | None, gate_attention: Tensor | None,
-                scale_feed_forward: Tensor | None, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:  # fmt: skip
+                scale_feed_forward: Tensor | None, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
         modulation = Modulation(scale_attention, gate_attention, scale_feed_forward)
         side = Side(x, h, gate, modulation, call.packed, weights)
         kept, h_next, r2_t, h_t = _forward(call, side, teacher)
@@ -223,6 +233,7 @@ class BlockFunction(torch.autograd.Function):
 
 
 def _restored(call: BlockCall, side: Side, saved: Sequence[Tensor | None]) -> Kept:
+    """Returns all values that backward reads. Those that `call.activations` did not save are computed again."""
     if call.activations == "recompute":
         return _forward(call, side, None)[0]
     kept = Kept(*saved)  # type: ignore[arg-type]
@@ -243,9 +254,11 @@ def _restored(call: BlockCall, side: Side, saved: Sequence[Tensor | None]) -> Ke
 def _backward(
     call: BlockCall, side: Side, kept: Kept, dr2: Tensor | None, dh: Tensor | None, needs: dict[str, bool],
     wanted: Sequence[bool], dtypes: Sequence[torch.dtype | None],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of (x, h, gate, the modulation's three), which have `dtypes`, and of the parameters in `Weights.flat`'s
-    order."""
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of (x, h, gate, and the modulation's three tensors), cast to `dtypes`, then those of the parameters
+    in the order of `Weights.flat`. A gradient that is not wanted, or that went into `call.sums`, is None.
+
+    needs: whether each of the first six is wanted. wanted: the same of the parameters."""
     weights, sequences = side.weights, call.packed.sequences
     index, chunks = sequences.row_sequence, sequences.chunks
     flags = weights.rebuilt(wanted)  # type: ignore[arg-type]
@@ -257,12 +270,14 @@ def _backward(
         dh = torch.zeros_like(kept.r2)
 
     def into(group: str, dy: list[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of the group's input, which is not there yet but has the shape of `like`; the adapters' part of it."""
+        """Returns the gradient of the group's input, and q, the gradient of the adapters' x A^T. The input itself is computed
+        only later; `like` stands for its shape."""
         w, a, b, scales = split(weights.groups[group])
         q = pair_linear_through(dy, b, scales) if a else like.new_empty(0)
         return pair_linear_bwd(dy, like, w, a, b, scales, like, True, False, False, False, q if a else None)[0], q
 
     def onto(group: str, dy: list[Tensor], x: Tensor, xa: Tensor, q: Tensor) -> None:
+        """Computes the gradients of the group's matrices, or adds them to `call.sums`. x: the group's input."""
         members, wanted = weights.groups[group], flags.groups[group]
         if call.sums is None:
             group_grads[group] = weight_gradients(members, wanted, dy, x, xa, q)
@@ -282,7 +297,7 @@ def _backward(
         dr2, dz, kept.a, kept.r2, weights.norms["attention_norm2"], side.modulation.gate_attention,
         weights.norms["ffn_norm1"], side.modulation.scale_feed_forward, kept.rstd_a, kept.rstd_2, index, chunks,
         norm_wanted, modulated, True,
-    )  # fmt: skip
+    )
     norm_grads |= {"attention_norm2": norm2, "ffn_norm1": ffn1}
     onto("up", dup, z, kept.xa_up, q)
     del dgu, dup, dz, z
@@ -294,12 +309,12 @@ def _backward(
     dq, dk, dv = attention_bwd(
         dattended.view_as(query), query, key, value, kept.attended.view_as(query), kept.lse, sequences.starts,
         list(sequences.lengths), call.attention,
-    )  # fmt: skip
+    )
     del query, key, value, dattended
     dqk, norm_grads["norm_q"], norm_grads["norm_k"] = qk_norm_rope_bwd(
         dq, dk, kept.qkv, weights.norms["norm_q"], weights.norms["norm_k"], call.packed.cos, call.packed.sin,
         call.heads, call.qk_eps, norm_wanted,
-    )  # fmt: skip
+    )
     del dq, dk
     width = dqk.shape[1] // 2
     dqkv = [dqk[:, :width], dqk[:, width:], dv.flatten(1)]
@@ -310,13 +325,13 @@ def _backward(
     if side.h is None:
         dx, norm1, dscale, z = rmsnorm_modulate_bwd(
             dz, side.x, weights.norms["attention_norm1"], scale, kept.rstd_1, index, chunks, norm_wanted, modulated, True
-        )  # fmt: skip
+        )
         dx = dx.add_(dr1)
     else:
         dx, dh_before, norm_grads["before"], dgate, norm1, dscale, z = gated_residual_norm_bwd(
             dr1, dz, side.h, kept.r1, weights.norms["before"], side.gate, weights.norms["attention_norm1"], scale,
             kept.rstd_h, kept.rstd_1, index, chunks, norm_wanted, modulated, True,
-        )  # fmt: skip
+        )
     norm_grads["attention_norm1"] = norm1
     onto("qkv", dqkv, z, kept.xa_qkv, q)
 

@@ -1,4 +1,5 @@
-"""Z-Image. The transformer takes t and returns v as this project does; the diffusers pipeline negates it."""
+"""Z-Image. Its transformer takes t and returns v in this project's convention. The diffusers pipeline negates v before it hands
+it to the scheduler."""
 
 from __future__ import annotations
 
@@ -20,13 +21,14 @@ from dopsd_fast.families.base import WIDE, Family, model_dtype
 from dopsd_fast.families.zimage.pair import PAD_MULTIPLE, ZImagePair
 
 TURBO_SHIFT, BASE_SHIFT = 3.0, 6.0
-"""scheduler/scheduler_config.json of the published Z-Image-Turbo and of Z-Image, its undistilled base."""
+"""The shifts in scheduler/scheduler_config.json of the published Z-Image-Turbo and of Z-Image, its undistilled base."""
 TURBO_SIZE = {"dim": 3840, "n_layers": 30, "n_refiner_layers": 2, "n_heads": 30, "cap_feat_dim": 2560}
-"""transformer/config.json of both."""
+"""The sizes in transformer/config.json, which both have in common."""
 
 
 class ZImage(Family):
-    """Contexts: {"text": `[T, D]`}. Latents: `[16, h/8, w/8]` for the published VAE, (latent - shift) * scale."""
+    """A context is {"text": `[T, F]`} with T tokens of F features. With the published VAE, the latent of an image of height x
+    width pixels is `[16, height / 8, width / 8]`, normalised as (latent - shift) * scale."""
 
     name = "zimage"
     pipeline_class = "ZImagePipeline"
@@ -81,12 +83,12 @@ class ZImage(Family):
     def largest_contexts(self, latent: tuple[int, int, int]) -> tuple[TensorShapes, TensorShapes]:
         config: dict[str, Any] = dict(self.meta_transformer().config)
         c = self.conditioning
-        limit = (config["axes_lens"][0] - 2) // PAD_MULTIPLE * PAD_MULTIPLE  # more are refused
+        limit = (config["axes_lens"][0] - 2) // PAD_MULTIPLE * PAD_MULTIPLE  # more tokens are refused
         student, teacher = (min(most, limit) for most in (c.max_text_tokens, c.max_vlm_tokens))
         return {"text": (student, config["cap_feat_dim"])}, {"text": (teacher, config["cap_feat_dim"])}
 
     def velocity(self, transformer: nn.Module, x: Tensor, t: Tensor, contexts: Sequence[Context]) -> Tensor:
-        """v = transformer(x, t, text). Raises `UserError` for a context longer than the rotary tables."""
+        """Returns v = transformer(x, t, text). Raises UserError for a context that is longer than the rotary tables."""
         dtype = model_dtype(transformer)
         for context in contexts:
             self._check_tokens(len(context["text"]))
@@ -104,7 +106,8 @@ class ZImage(Family):
         return ZImagePair(modules, adapters, activations, attention, fp8, self._check_tokens)
 
     def student_context(self, encoders: Encoders, prompt: str) -> Context:
-        """Equals `ZImagePipeline.encode_prompt` at `max_sequence_length = conditioning.max_text_tokens`."""
+        """Encodes the prompt as `ZImagePipeline.encode_prompt` does with `max_sequence_length =
+        conditioning.max_text_tokens`."""
         states, mask = encode_prompt(
             encoders.text_encoder,
             encoders.tokenizer,

@@ -1,11 +1,14 @@
-"""The Z-Image pair forward: student and teacher at one state, side by side through the same kernels.
+"""The Z-Image pair forward: it runs student and teacher at one state side by side through the same kernels.
 
-Tokens are packed: item after item, image tokens then caption tokens, each part padded to a multiple of 32 with the
-model's learned pad tokens (they belong to the model), and no padding between items. What does not change along a
-trajectory, the refined captions and the rotary tables, is made once, by `layout` and `prepare`. Same velocities as diffusers'
-`ZImageTransformer2DModel`, whose modules hold the weights.
+Tokens are packed item after item, without padding between items; an item is its image tokens, then its caption tokens. As in
+the original model, each of the two is padded to a multiple of 32 with learned pad tokens. The refined captions and the rotary
+tables do not change along a trajectory and are computed once, by `prepare` and `layout`. The velocities are those of
+diffusers' `ZImageTransformer2DModel`, whose modules hold the weights.
 
-Each part below is one unit that ZeRO-3 gathers as a whole (`gather_units`), student and teacher together.
+Each class before ZImagePair is a unit that ZeRO-3 gathers as a whole (`gather_units`), student and teacher together.
+
+Shapes: B items, C channels, h x w latent, N image tokens of an item without padding, Np with padding, T tokens of all items,
+S sequences (one an item), D width, E width of a time's embedding, F features of a text token.
 """
 
 from __future__ import annotations
@@ -32,14 +35,15 @@ from dopsd_kernels.sequences import Sequences
 
 PAD_MULTIPLE = 32  # diffusers' SEQ_MULTI_OF
 FINAL_EPS = 1e-6
-QK_EPS = 1e-5  # whatever norm_eps is
+QK_EPS = 1e-5  # diffusers fixes it, whatever norm_eps is
 
 
 class Entry(Unit):
-    """Latents to image tokens, and times to the modulation's input."""
+    """Embeds latents as image tokens, and times as the input of the modulation layers."""
 
     def forward(self, x: Tensor, t: Tensor, branches: Sequence[Branch], t_scale: float) -> tuple[Tensor | None, ...]:
-        """x `[B, C, h, w]`, t `[B]` -> for each branch: tokens `[B * Np, D]`, c `[B, E]`; None: as the first branch's."""
+        """Returns for each branch the tokens `[B * Np, D]` of x `[B, C, h, w]` and the embedding c `[B, E]` of t `[B]`. Where
+        the second branch would compute the same as the first, because it uses the same modules, it gets None."""
         out: list[Tensor | None] = []
         patches = patchify(x)
         for i, branch in enumerate(branches):
@@ -52,7 +56,7 @@ class Entry(Unit):
     def _tokens(self, branch: Branch, patches: Tensor) -> Tensor:
         tokens, pad = self.apply_part(branch, "embedder", patches), self.part(branch, "pad")
         missing = -tokens.shape[1] % PAD_MULTIPLE
-        if missing or (pad.requires_grad and torch.is_grad_enabled()):  # a gradient of zeros is one that all ranks have
+        if missing or (pad.requires_grad and torch.is_grad_enabled()):  # then all ranks have a gradient, if only zeros
             tokens = torch.cat([tokens, pad.to(tokens.dtype).expand(len(tokens), missing, -1)], dim=1)
         return tokens.flatten(0, 1)
 
@@ -63,10 +67,10 @@ class Entry(Unit):
 
 
 class Captions(Unit):
-    """Text features to caption tokens."""
+    """Embeds text features as caption tokens."""
 
     def forward(self, branch: Branch, features: Tensor, lengths: Sequence[int]) -> Tensor:
-        """features `[sum of lengths, F]` -> tokens `[sum of lengths, each padded, D]`."""
+        """Returns the caption tokens `[sum of padded lengths, D]` of features `[sum of lengths, F]`."""
         tokens = self.apply_part(branch, "embedder", features)
         pad = self.part(branch, "pad").to(tokens.dtype)
         pieces = []
@@ -76,13 +80,14 @@ class Captions(Unit):
 
 
 class Block(Unit):
-    """One transformer block of each branch, and the norm that the block before it left open."""
+    """Runs one transformer block of each branch. It also holds the last norm of the block before, whose residual sum the block
+    adds first (see block.py)."""
 
     def forward(self, x: Tensor, h: Tensor | None, gate: Tensor | None, c: Tensor | None,
                 x_t: Tensor | None = None, h_t: Tensor | None = None, gate_t: Tensor | None = None,
                 c_t: Tensor | None = None, *, call: BlockCall, branches: Sequence[Branch]) -> tuple[Tensor | None, ...]:
-        """(r2, h', gate_feed_forward) of the first branch, then of the second; see block.py. c None: not modulated; c_t
-        None: as c."""
+        """Returns (r2, h', gate_feed_forward) of the first branch, then of the second (see block.py). Where c is None, the
+        block is not modulated; where c_t is None, the second branch's time embedding is c."""
         first = branches[0]
         weights, modulation, gate_next = self._branch(first, c, call.sums)
         teacher = gate_next_t = None
@@ -104,7 +109,8 @@ class Block(Unit):
         return Weights.of(self.part(branch, "block"), before, self.adapters[branch])
 
     def summed_modulation(self, branch: Branch) -> Any:
-        """The linear layer that trains as it is, without an adapter; or None."""
+        """Returns the modulation layer if it trains as a plain linear layer, without an adapter, else None. Only then can
+        `GradientSums.modulations` compute its gradient."""
         parts = list(self.part(branch, "modulation")) if "modulation" in self.names else []
         plain = len(parts) == 1 and not hasattr(parts[0], "lora_A") and parts[0].weight.requires_grad
         return parts[0] if plain else None
@@ -125,18 +131,19 @@ class Block(Unit):
 
 
 class Close(Unit):
-    """The residual sum that a stack's last block left open."""
+    """Adds the residual that the last block of a stack did not add itself (see block.py)."""
 
     def forward(self, branch: Branch, x: Tensor, h: Tensor, gate: Tensor | None, sequences: Sequences, eps: float) -> Tensor:
         return gated_residual_norm(x, h, self.part(branch, "before").weight, gate, None, None, sequences, eps)[0]
 
 
 class Exit(Unit):
-    """Image tokens to velocities."""
+    """Maps image tokens to velocities."""
 
     def forward(self, branch: Branch, x: Tensor, h: Tensor | None, gate: Tensor | None, c: Tensor, sequences: Sequences,
-                eps: float) -> Tensor:  # fmt: skip
-        """x, h `[B * N, D]`, the image tokens without padding -> `[B * N, 4 C]`."""
+                eps: float) -> Tensor:
+        """Returns the velocities `[B * N, 4 C]`, one 2x2 patch a token, of the image tokens x, h `[B * N, D]` without
+        padding."""
         if h is not None:
             x = gated_residual_norm(x, h, self.part(branch, "before").weight, gate, None, None, sequences, eps)[0]
         final = self.part(branch, "final")
@@ -145,12 +152,15 @@ class Exit(Unit):
 
 
 class ZImagePair(nn.Module):
-    """`modules`: each branch's ZImageTransformer2DModel (the same one twice for LoRA), `adapters`: the name of each branch's
-    adapter. `activations`: see `pair.units.ACTIVATIONS`. `attention`: see `dopsd_kernels.attention`."""
+    """The pair forward of Z-Image (see `pair.contract`).
+
+    modules: each branch's ZImageTransformer2DModel; for LoRA the same one twice. adapters: the name of each branch's adapter.
+    activations: see `pair.units.ACTIVATIONS`. attention: see `dopsd_kernels.attention`. fp8: see `pair.frozen_fp8`, or "off".
+    check_tokens: raises UserError for a number of caption tokens that the rotary tables cannot take."""
 
     def __init__(self, modules: dict[Branch, Any], adapters: dict[Branch, str], activations: str = "keep",
                  attention: str = "auto", fp8: str = "off",
-                 check_tokens: Callable[[int], None] = lambda tokens: None) -> None:  # fmt: skip
+                 check_tokens: Callable[[int], None] = lambda tokens: None) -> None:
         super().__init__()
         model = next(iter(modules.values()))
         self.config, self.embed_positions = model.config, model.rope_embedder
@@ -174,7 +184,7 @@ class ZImagePair(nn.Module):
             return nn.ModuleList(blocks)
 
         self.entry = unit(Entry, embedder=lambda m: m.all_x_embedder[key], pad=lambda m: m.x_pad_token,
-                          time=lambda m: m.t_embedder)  # fmt: skip
+                          time=lambda m: m.t_embedder)
         self.captions = unit(Captions, embedder=lambda m: m.cap_embedder, pad=lambda m: m.cap_pad_token)
         self.noise_refiner, self.context_refiner = stack("noise_refiner"), stack("context_refiner")
         self.layers = stack("layers")
@@ -193,10 +203,10 @@ class ZImagePair(nn.Module):
         found = [choose_attention(parameter.device, parameter.dtype, head_dim, equal) for equal in (True, False)]
         attention = self.attention if self.attention != "auto" else " or ".join(dict.fromkeys(found))
         return {"activations": self.activations, "attention": attention, "fp8": self.fp8.which if self.fp8 else "off",
-                "ops": choose(parameter, native=native_ops.usable(parameter))}  # fmt: skip
+                "ops": choose(parameter, native=native_ops.usable(parameter))}
 
     def summed_parameters(self, branch: Branch) -> list[Tensor]:
-        """The blocks' own parameters, whose gradients `forward` can put into `sums`."""
+        """Lists the parameters whose gradients `forward` can put into `sums`: those of the blocks."""
         found: dict[int, Tensor] = {}
         for block in (*self.noise_refiner, *self.layers):
             linear = block.summed_modulation(branch)
@@ -205,22 +215,24 @@ class ZImagePair(nn.Module):
         return list(found.values())
 
     def gather_units(self) -> tuple[type[nn.Module], ...]:
-        """What ZeRO-3 has to gather as a whole: the functions inside use the parameters themselves."""
+        """Names the classes of the units that ZeRO-3 gathers as a whole. It must, because the functions inside read the
+        parameters of submodules without calling these, so that no hook on a submodule would gather them."""
         return Entry, Captions, Block, Close, Exit
 
     def state_path(self) -> list[nn.Module]:
-        """What a state goes through before `exit`, in order."""
+        """Lists the units that a state goes through before `exit`, in order."""
         return [self.entry, *self.noise_refiner, self.noise_close, *self.layers]
 
     def prepare_path(self) -> list[nn.Module]:
-        """What `prepare` goes through, in order."""
+        """Lists the units that `prepare` goes through, in order."""
         return [self.captions, *self.context_refiner, self.context_close]
 
     # ---- once per step -----------------------------------------------------------------------------------------------
 
     def prepare(self, branches: Sequence[Branch], contexts: Sequence[Sequence[Context]], layouts: Sequence[Layout],
-                    dtype: torch.dtype) -> list[Tensor]:  # fmt: skip
-        """Refined caption tokens of each branch; they depend on neither the time nor the latents."""
+                    dtype: torch.dtype) -> list[Tensor]:
+        """Returns the refined caption tokens of each branch. They depend on neither the time nor the latents, so one
+        computation serves all states of a trajectory."""
         out: list[Tensor] = []
         for i, (branch, ours, layout) in enumerate(zip(branches, contexts, layouts)):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i == 0):
@@ -231,7 +243,7 @@ class ZImagePair(nn.Module):
         return out
 
     def layout(self, contexts: Sequence[Context], height: int, width: int, device: torch.device) -> Layout:
-        """height, width: of the latent."""
+        """Returns where the tokens of one branch lie, and their rotary angles, for latents of height x width."""
         rows, columns = height // 2, width // 2
         tokens = rows * columns
         padded = tokens + -tokens % PAD_MULTIPLE
@@ -251,7 +263,7 @@ class ZImagePair(nn.Module):
         return Layout(
             self._packed(image, device), self._packed(caption, device), self._packed(joint, device),
             Sequences([tokens] * len(contexts), device), tokens,
-        )  # fmt: skip
+        )
 
     def _packed(self, positions: list[Tensor], device: torch.device) -> Packed:
         rotation = self.embed_positions(torch.cat(positions).to(device))
@@ -260,10 +272,12 @@ class ZImagePair(nn.Module):
     # ---- once per state ----------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, t: Tensor, branches: Sequence[Branch], captions: Sequence[Tensor], layouts: Sequence[Layout],
-                sums: GradientSums | None = None, tape: Tape | None = None) -> tuple[Tensor, ...]:  # fmt: skip
-        """v `[B, C, h, w]` of each branch at x `[B, C, h, w]` (the model's dtype), t `[B]`; only the first carries gradient.
-        sums: takes the gradients of the blocks' parameters. tape: the graph ends at `exit`, and what lies before it waits
-        there, unit by unit of `state_path`."""
+                sums: GradientSums | None = None, tape: Tape | None = None) -> tuple[Tensor, ...]:
+        """Returns v `[B, C, h, w]` of each branch at x `[B, C, h, w]` (in the model's dtype) and t `[B]`. Only the first branch
+        carries gradient.
+
+        captions: from `prepare`. layouts: from `layout`. sums: takes the gradients of the blocks' parameters. tape: cuts the
+        graph after each unit of `state_path` and keeps the pieces, so that the graph of the result covers `exit` alone."""
         entered = self.entry(self._traced(x), t.float(), branches, self.config.t_scale)
         tokens = [entered[0] if one is None else one for one in entered[0::2]]
         times = list(entered[1::2])
@@ -286,10 +300,10 @@ class ZImagePair(nn.Module):
 
     def _blocks(self, blocks: nn.ModuleList, branches: Sequence[Branch], tokens: Sequence[Tensor],
                 times: Sequence[Tensor | None], packed: Sequence[Packed], sums: GradientSums | None,
-                tape: Tape | None) -> list[Any]:  # fmt: skip
-        """(x, h, gate) of each branch after the blocks; h and gate are None where there is no block."""
+                tape: Tape | None) -> list[Any]:
+        """Runs a stack of blocks and returns (x, h, gate) of each branch. Where the stack is empty, h and gate are None."""
         call = BlockCall(packed[0], packed[1] if len(packed) > 1 else None, self.config.n_heads, self.config.norm_eps,
-                    QK_EPS, self.activations, self.attention, sums, self.fp8)  # fmt: skip
+                    QK_EPS, self.activations, self.attention, sums, self.fp8)
         state: list[Any] = [self._traced(tokens[0]), None, None]
         if len(branches) > 1:
             state += [tokens[1], None, None]
@@ -303,14 +317,16 @@ class ZImagePair(nn.Module):
         return state
 
     def _traced(self, x: Tensor) -> Tensor:
-        """`x`, requiring gradient where DeepSpeed's hooks hang the end of a unit's backward on the gradient of its input."""
+        """Returns `x`, and makes it require gradient under gather=unit: DeepSpeed's hooks learn that a unit's backward is over
+        from the gradient of its input, so that the input must have one."""
         if self.hooked and torch.is_grad_enabled() and not x.requires_grad:
             return x.detach().requires_grad_()
         return x
 
     def _stack(self, blocks: nn.ModuleList, close: Close, branches: Sequence[Branch], tokens: Sequence[Tensor],
                times: Sequence[Tensor | None], packed: Sequence[Packed],
-               sums: GradientSums | None = None, tape: Tape | None = None) -> list[Tensor]:  # fmt: skip
+               sums: GradientSums | None = None, tape: Tape | None = None) -> list[Tensor]:
+        """Runs a stack of blocks and adds its last residual; returns the tokens of each branch."""
         state = self._blocks(blocks, branches, tokens, times, packed, sums, tape)
         if not len(blocks):
             return list(tokens)
@@ -323,24 +339,25 @@ class ZImagePair(nn.Module):
         return out
 
     def _join(self, images: Tensor, captions: Tensor, layout: Layout) -> Tensor:
-        """Item after item: image tokens, then caption tokens."""
+        """Packs the tokens item after item, each item's image tokens before its caption tokens."""
         lengths = layout.image.sequences.lengths, layout.caption.sequences.lengths
         parts = zip(images.split(list(lengths[0])), captions.split(list(lengths[1])))
         return torch.cat([part for item in parts for part in item])
 
 
 def patchify(x: Tensor) -> Tensor:
-    """`[B, C, h, w]` -> `[B, h/2 * w/2, 4 C]`: 2x2 patches, channels last."""
+    """Cuts `[B, C, h, w]` into 2x2 patches `[B, h/2 * w/2, 4 C]`, channels last."""
     b, c, h, w = x.shape
     return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(b, h * w // 4, 4 * c)
 
 
 def unpatchify(tokens: Tensor, shape: torch.Size) -> Tensor:
-    """Inverse of `patchify`; tokens `[B * N, 4 C]`."""
+    """Puts patches `[B * N, 4 C]` together to `shape` = `[B, C, h, w]`. It is the inverse of `patchify`."""
     b, c, h, w = shape
     return tokens.view(b, h // 2, w // 2, 2, 2, c).permute(0, 5, 1, 3, 2, 4).reshape(b, c, h, w)
 
 
 def _image_rows(tokens: Tensor, layout: Layout) -> Tensor:
+    """Picks the image tokens without padding `[B * N, D]` from the joint tokens `[T, D]`."""
     pieces = tokens.split(list(layout.joint.sequences.lengths))
     return torch.cat([piece[: layout.tokens] for piece in pieces])
