@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from dopsd_fast.distributed import consensus
-from dopsd_fast.distributed.lost_ranks import Peer, started
+from dopsd_fast.distributed.lost_ranks import RankProcess, started
 from dopsd_fast.run import accounts
 from tests import tiny
 from tests.driving import (
@@ -156,7 +156,7 @@ import dataclasses, os, sys, time
 sys.path.insert(0, {root!r})
 import torch.distributed as group
 from pathlib import Path
-from dopsd_fast import peers
+from dopsd_fast.distributed import lost_ranks
 from dopsd_fast.errors import UserError
 rank, folder, far = int(os.environ["RANK"]), Path(sys.argv[1]), sys.argv[2] == "far"
 lost_ranks.GRACE = 1.5
@@ -233,11 +233,11 @@ def test_nothing_is_left_of_ranks_that_ended_well(part, tmp_path):
 
 
 def test_a_process_is_told_from_a_later_one_with_its_number():
-    me = Peer.me(0)
+    me = RankProcess.me(0)
     assert me.runs() and me.pid == os.getpid()
-    assert not Peer(0, me.host, me.pid, me.started - 1, me.place).runs()
+    assert not RankProcess(0, me.host, me.pid, me.started - 1, me.place).runs()
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    there = Peer(1, me.host, child.pid, started(child.pid) or 0, me.place)
+    there = RankProcess(1, me.host, child.pid, started(child.pid) or 0, me.place)
     assert there.runs()
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
