@@ -52,7 +52,9 @@ class PlainEngine(Engine):
             if trained.student.grad is None:
                 trained.student.grad = torch.zeros_like(trained.student, dtype=torch.float32)
         if self.world > 1:
-            self._reduce([trained.student.grad for trained in self._trained])
+            # In the module's own order, as DeepSpeed lays them out: which rank's share a gradient falls into decides the order
+            # in which gloo and NCCL sum it.
+            self._reduce([param.grad for param in self.pair.parameters() if param.grad is not None])
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
