@@ -380,6 +380,7 @@ def test_nearest_bucket_and_the_stated_size(tmp_path):
     assert nearest_bucket(1080, 1920, sizes) == (720, 1280)
     assert nearest_bucket(4000, 3000, sizes) == (1152, 864)
     assert nearest_bucket(1, 100, sizes) == (576, 1344)
+    assert nearest_bucket(1000, 1530, [(100, 100), (100, 230)]) == (100, 230)  # 1.53 is 1.53 times 1, and 2.3 is 1.5 times 1.53
     record = read(write_set(tmp_path, size=(18, 32)), resolution=1024, multiple=16).records[0]
     assert (record.size, record.height, record.width) == ((18, 32), 720, 1280)
 
