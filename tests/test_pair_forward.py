@@ -23,7 +23,7 @@ from dopsd_fast.families.zimage.pair import ZImagePair, patchify, unpatchify
 from dopsd_fast.pair.gradient_sums import GradientSums
 from dopsd_fast.pair.lora import add_adapters
 from dopsd_fast.pair.passes import FusedForward
-from dopsd_fast.pair.student_teacher import STUDENT, TEACHER
+from dopsd_fast.pair.student_teacher import STUDENT, TEACHER, Pair
 from tests import tiny
 
 FLOOR = 16
@@ -229,6 +229,24 @@ def test_one_branch_alone_equals_the_pair():
     together = run(STUDENT, TEACHER)
     for name, v in zip((STUDENT, TEACHER), together):
         assert error(run(name)[0], v.double()) <= FLOOR * 2.0**-24
+
+
+@pytest.mark.parametrize("targets", [(), TARGETS], ids=len)
+def test_a_branch_is_sampled_with_its_own_weights(targets):
+    case = Case(32, targets=targets)
+    both = models(case, torch.float32)
+    x, t, contexts, _ = inputs(case, torch.float32)
+    names = (STUDENT, TEACHER)
+    fused = ZImagePair(both, {branch: branch if targets else "" for branch in names})
+    pair = Pair(both[STUDENT], None if targets else both[TEACHER], lambda *_: x, fused=fused)
+    layouts = [fused.layout(contexts[STUDENT], *case.size, x.device)] * 2
+    with torch.no_grad():
+        captions = fused.prepare(names, [contexts[STUDENT]] * 2, layouts, torch.float32)
+        expected = fused(x, t, names, captions, layouts)
+        drawn = [pair.sampler(name, contexts[STUDENT], x.shape)(x, t) for name in names]
+    assert error(drawn[0], drawn[1].double()) > 0.01
+    for v, wanted in zip(drawn, expected):
+        assert error(v, wanted.double()) <= FLOOR * 2.0**-24
 
 
 @pytest.mark.parametrize("targets", [(), TARGETS, EVERYWHERE, ("layers.0.adaLN_modulation.0", "mlp.2")], ids=len)
