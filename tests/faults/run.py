@@ -47,6 +47,9 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ 
 it every copy would import the checkout."""
 
 
+_running: set[subprocess.Popen[str]] = set()
+
+
 class Wrong(Exception):
     """A fault that cannot be tried, in one line."""
 
@@ -130,11 +133,13 @@ def pytest(test: str, program: Path, plug: Path) -> Outcome:
     started = time.monotonic()
     process = subprocess.Popen(command, cwd=program, env=environment, text=True, start_new_session=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    _running.add(process)
     try:
         output, code = process.communicate(timeout=SECONDS)[0], process.returncode
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, code = process.communicate()[0], -1
+    _running.discard(process)
     return Outcome(code, output, time.monotonic() - started)
 
 
@@ -148,7 +153,8 @@ def run(faults: list[Fault], work: Path) -> Iterable[tuple[Fault, str, str, floa
     files = sorted({file_of(test) for test in tests})
     for fault in faults:
         apply(fault, Path(shutil.copytree(unchanged, work / fault.file.stem)))
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
         before = dict(zip(tests, pool.map(lambda test: pytest(test, unchanged, plug), tests)))
         tried = [(fault, test) for fault in faults for test in (files if fault.part == "import" else fault.caught_by)]
         outcomes = pool.map(lambda one: pytest(one[1], work / one[0].file.stem, plug), tried)
@@ -157,10 +163,15 @@ def run(faults: list[Fault], work: Path) -> Iterable[tuple[Fault, str, str, floa
             if test in before and not before[test].passed:
                 problem = f"fails without the fault, too: {before[test]}"
             yield fault, test, problem, outcome.seconds
+    finally:  # also where this process was stopped: each pytest has a session of its own, with what its tests have started
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(_running):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def main(wanted: list[str]) -> int:
     started, missed = time.monotonic(), 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         faults = [fault for fault in map(read, sorted(HERE.glob("*.patch")))
                   if not wanted or fault.file.name.partition("-")[0] in wanted]
