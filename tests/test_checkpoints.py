@@ -338,10 +338,16 @@ def test_files_without_their_step_are_told_apart_by_the_optimizer_s(tmp_path: Pa
 def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch) -> None:
     """The power may go at any moment: whole files first, then their folder, the name, and the folder around it."""
     order: list[Any] = []
-    monkeypatch.setattr(os, "fsync", lambda handle: order.append((Path(os.readlink(f"/proc/self/fd/{handle}")).name,
-                                                                  os.fstat(handle).st_size)))
-    for name in ("rename", "replace"):
-        monkeypatch.setattr(os, name, lambda old, new, move=getattr(os, name): order.append(Path(old).name) or move(old, new))
+
+    def synced(handle: int) -> None:
+        order.append((Path(os.readlink(f"/proc/self/fd/{handle}")).name, os.fstat(handle).st_size))
+
+    def named(move: Any) -> Any:
+        return lambda old, new: order.append(Path(old).name) or move(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", named(os.rename))
+    monkeypatch.setattr(os, "replace", named(os.replace))
     path = checkpoints.save(tmp_path, Engine(300), {}, step=1, keep=1)
     work = next(entry for entry in order if isinstance(entry, str))
     sizes = {file.name: file.stat().st_size for file in path.iterdir()}

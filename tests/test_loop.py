@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -105,8 +106,8 @@ def test_metrics_are_on_the_disk_before_the_checkpoint(monkeypatch):
     made, events = loop(), []
     made.log = SimpleNamespace(sync=lambda: events.append("metrics"))
     made.consensus = SimpleNamespace(together=contextlib.nullcontext)
-    made.folder, made.engine, made.global_batch = trainer.Path("run"), None, 8
-    monkeypatch.setattr(trainer.checkpoints, "save", lambda folder, engine, extra, step, keep: events.append((extra, step, keep)))
+    made.folder, made.engine, made.global_batch = Path("run"), None, 8
+    monkeypatch.setattr(trainer.checkpoints, "save", lambda folder, engine, *saved: events.append(saved))
     made.save(7)
     assert events == ["metrics", ({"step": 7, "global_batch": 8}, 7, 2)]
 

@@ -306,7 +306,7 @@ def test_the_fragments_of_all_ranks_are_every_tensor_once(stage, world):
         engine = object.__new__(ZeroEngine)
         engine.stage, engine.world, engine.rank = stage, world, rank
         if stage == 3:
-            pieces = [torch.cat([p, torch.zeros(share * world - len(p))]).chunk(world)[rank] for p, share in zip(params, shares)]
+            pieces = [torch.cat([p, torch.zeros(s * world - len(p))]).chunk(world)[rank] for p, s in zip(params, shares)]
             zero = {"grad_position": {i: (0, *place) for i, place in enumerate(zip(starts, shares))},
                     "get_param_id": lambda p: sizes.index(p.ds_numel), "fp32_partitioned_groups_flat": [torch.cat(pieces)]}
             students = [SimpleNamespace(ds_numel=size) for size in sizes]

@@ -7,11 +7,11 @@ notice:
     part: kernels
     caught-by: tests/test_x.py::test_name
 
-`caught-by` may stand several times, each with what pytest takes: a file, a test's id, `tests/test_x.py -k "one or other"`. All of
-them have to pass on the unchanged program; then each fault is applied to a copy of its own, where each of its tests has to fail.
-An error while a file of tests is collected is no failure: it would say nothing about the test. The fault of part `import` is the
-exception. It raises when the program is imported, so every file that any fault names must fail to be collected: otherwise the
-tests would be looking at another program than the copy.
+`caught-by` may stand several times, each with what pytest takes: a file, a test's id, `tests/test_x.py -k "one or other"`. All
+of them have to pass on the unchanged program; then each fault is applied to a copy of its own, where each of its tests has to
+fail. An error while a file of tests is collected is no failure: it would say nothing about the test. The fault of part `import`
+is the exception. It raises when the program is imported, so no file that any fault names may be collected: otherwise the tests
+would be looking at another program than the copy.
 
     python tests/faults/run.py [NN ...]     prints the table; the exit code is 1 when something was not caught
 """
@@ -43,8 +43,8 @@ RAISED = "deliberate fault"
 PLUG = """import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "ScikitBuildRedirectingFinder"]
 """
-"""The sitecustomize of the processes. An editable install finds the program by an import hook, which comes before sys.path: with
-it every copy would import the checkout."""
+"""The sitecustomize of the processes. An editable install finds the program by an import hook, which comes before sys.path:
+with it every copy would import the checkout."""
 
 
 _running: set[subprocess.Popen[str]] = set()
