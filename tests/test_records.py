@@ -410,6 +410,12 @@ def test_epoch_shows_every_record_in_whole_batches_of_one_bucket(two_buckets):
         assert item.prompt == record.prompts[item.prompt_key]
 
 
+def test_an_epoch_shows_every_record_as_often_as_it_is_repeated(two_buckets):
+    two_buckets.repeats = 3
+    items = [item for batch in epoch_batches(two_buckets, epoch=0, seed=1, global_batch=1) for item in batch]
+    assert sorted((item.record, item.repeat) for item in items) == [(record, turn) for record in range(8) for turn in range(3)]
+
+
 def test_small_set_wraps_round_with_new_repeats(tmp_path):
     dataset = read(write_set(tmp_path))
     (batch,) = epoch_batches(dataset, 0, 0, 10)
