@@ -10,13 +10,14 @@ PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help demo test test-fast bench reproduce ablations check nano install clean
+.PHONY: help demo test test-fast faults bench reproduce ablations check nano install clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train the embedded pipeline end to end and show what it learned (no GPU needed)"
 	@echo "make test    run the tests (no GPU needed)"
 	@echo "make test-fast  those that start no process and train nothing (under 2 minutes)"
+	@echo "make faults  break the program on purpose, one fault at a time, and see that a test notices (under 20 minutes on 2 cores)"
 	@echo "make bench   measure against the published step and its stronger variants, into runs/bench (no GPU needed)"
 	@echo "make reproduce  the paper's comparison on the embedded pipeline (under an hour on 2 cores; resumes)"
 	@echo "make ablations  the same with the paper's ablations (over an hour more; resumes)"
@@ -33,6 +34,9 @@ test: install
 
 test-fast: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --fast
+
+faults: install
+	$(BIN)/python tests/faults/run.py
 
 bench: install
 	$(BIN)/python bench/run.py --out runs/bench

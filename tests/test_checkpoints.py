@@ -12,12 +12,13 @@ import signal
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dopsd_fast.errors import UserError
-from dopsd_fast.storage import checkpoints
+from dopsd_fast.storage import atomic, checkpoints
 from tests import ranks
 
 SAVED = [
@@ -332,6 +333,30 @@ def test_files_without_their_step_are_told_apart_by_the_optimizer_s(tmp_path: Pa
     shutil.copyfile(other / "rank-0001.safetensors", path / "rank-0001.safetensors")
     with pytest.raises(UserError, match="rank-0001.safetensors is damaged .* has done 8 steps, in rank-0000.safetensors 7"):
         checkpoints.load(path, Engine(600))
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch) -> None:
+    """The power may go at any moment: whole files first, then their folder, the name, and the folder around it."""
+    order: list[Any] = []
+
+    def synced(handle: int) -> None:
+        order.append((Path(os.readlink(f"/proc/self/fd/{handle}")).name, os.fstat(handle).st_size))
+
+    def named(move: Any) -> Any:
+        return lambda old, new: order.append(Path(old).name) or move(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", named(os.rename))
+    monkeypatch.setattr(os, "replace", named(os.replace))
+    path = checkpoints.save(tmp_path, Engine(300), {}, step=1, keep=1)
+    work = next(entry for entry in order if isinstance(entry, str))
+    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+    assert [entry if isinstance(entry, str) else entry[0] for entry in order] == [
+        "rank-0000.safetensors", "state.json", work, work, tmp_path.name]
+    assert dict(order[:2]) == sizes
+    order.clear()
+    atomic.write_text(tmp_path / "settings.toml", "steps = 1\n")
+    assert order[:2] == [("settings.toml.part", 10), "settings.toml.part"] and order[2][0] == tmp_path.name and len(order) == 3
 
 
 def test_two_runs_save_the_same_step(tmp_path: Path, monkeypatch) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -107,6 +108,14 @@ def test_links_through_symbolic_links_and_copies_where_links_fail(tmp_path, monk
     export_full(family.path, weights(family).items(), tmp_path / "copied")
     assert files_below(tmp_path / "copied") == files_below(tmp_path / "linked")
     assert not (tmp_path / "copied" / "vae" / "config.json").samefile(blob)
+
+
+def test_weights_are_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
+    source, out, synced = open_family(shared("zimage"), CONDITIONING), tmp_path / "export", {}
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.update({
+        Path(os.readlink(f"/proc/self/fd/{handle}")).name: (os.fstat(handle).st_size, out.exists())}))
+    export_full(source.path, weights(source).items(), out)
+    assert synced == {file.name: (file.stat().st_size, False) for file in pipeline.weight_files(out / "transformer")}
 
 
 def test_stale_weights_are_not_taken_along(tmp_path):

@@ -22,7 +22,8 @@ from bench.references.float64 import wide
 from dopsd_fast.families.zimage.pair import ZImagePair, patchify, unpatchify
 from dopsd_fast.pair.gradient_sums import GradientSums
 from dopsd_fast.pair.lora import add_adapters
-from dopsd_fast.pair.student_teacher import STUDENT, TEACHER
+from dopsd_fast.pair.passes import FusedForward
+from dopsd_fast.pair.student_teacher import STUDENT, TEACHER, Pair
 from tests import tiny
 
 FLOOR = 16
@@ -230,6 +231,24 @@ def test_one_branch_alone_equals_the_pair():
         assert error(run(name)[0], v.double()) <= FLOOR * 2.0**-24
 
 
+@pytest.mark.parametrize("targets", [(), TARGETS], ids=len)
+def test_a_branch_is_sampled_with_its_own_weights(targets):
+    case = Case(32, targets=targets)
+    both = models(case, torch.float32)
+    x, t, contexts, _ = inputs(case, torch.float32)
+    names = (STUDENT, TEACHER)
+    fused = ZImagePair(both, {branch: branch if targets else "" for branch in names})
+    pair = Pair(both[STUDENT], None if targets else both[TEACHER], lambda *_: x, fused=fused)
+    layouts = [fused.layout(contexts[STUDENT], *case.size, x.device)] * 2
+    with torch.no_grad():
+        captions = fused.prepare(names, [contexts[STUDENT]] * 2, layouts, torch.float32)
+        expected = fused(x, t, names, captions, layouts)
+        drawn = [pair.sampler(name, contexts[STUDENT], x.shape)(x, t) for name in names]
+    assert error(drawn[0], drawn[1].double()) > 0.01
+    for v, wanted in zip(drawn, expected):
+        assert error(v, wanted.double()) <= FLOOR * 2.0**-24
+
+
 @pytest.mark.parametrize("targets", [(), TARGETS, EVERYWHERE, ("layers.0.adaLN_modulation.0", "mlp.2")], ids=len)
 def test_sums_over_the_states_equal_autograds(targets):
     """The trainer's way, gradients added up beside autograd and delivered once, against a backward for each state."""
@@ -252,6 +271,37 @@ def test_sums_over_the_states_equal_autograds(targets):
     plain, ours = found
     assert plain and plain.keys() == ours.keys()
     for name, grad in plain.items():
+        assert error(ours[name], grad) < 1e-12, name
+
+
+@pytest.mark.parametrize(("gather", "targets"), [
+    (None, ()), (None, EVERYWHERE), ("unit", ()), ("unit", EVERYWHERE), ("sweep", ()),
+])
+def test_every_way_of_holding_the_weights_delivers_the_same_gradients(gather, targets):
+    """Two micro-batches of three states, the captions' refiners included, against one backward through all of it."""
+    case = Case(37, targets=targets, dtype=torch.float64)
+    x, t, contexts, cotangent = inputs(case, torch.float64)
+    names, found = (STUDENT, TEACHER), []
+    for plain in (True, False):
+        both = models(case, torch.float64)
+        pair = ZImagePair(both, {branch: branch if targets else "" for branch in names})
+        for weight in (1.0, 3.0):
+            states = [(x + weight * k, (t + 0.1 * k).clamp(max=1)) for k in range(3)]
+            if plain:
+                layouts = [pair.layout(contexts[name], *case.size, x.device) for name in names]
+                captions = pair.prepare(names, [contexts[name] for name in names], layouts, torch.float64)
+                velocities = [pair(*state, names, captions, layouts)[0] for state in states]
+                (weight * sum((v * cotangent).sum() for v in velocities)).backward()
+            else:
+                forward = FusedForward(pair, lambda x, t, call: call(x, t), contexts, x.shape, torch.float64, x.device, gather,
+                                       lambda turns: [action() for _, action in turns])
+                for state in states:
+                    (weight * (forward(*state)[0] * cotangent).sum()).backward()
+                forward.finish(Tensor.backward)
+        found.append({name: p.grad for name, p in both[STUDENT].named_parameters() if p.grad is not None and p.grad.norm() > 0})
+    expected, ours = found
+    assert any("context_refiner" in name for name in expected) and expected.keys() == ours.keys()
+    for name, grad in expected.items():
         assert error(ours[name], grad) < 1e-12, name
 
 

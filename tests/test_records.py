@@ -380,6 +380,7 @@ def test_nearest_bucket_and_the_stated_size(tmp_path):
     assert nearest_bucket(1080, 1920, sizes) == (720, 1280)
     assert nearest_bucket(4000, 3000, sizes) == (1152, 864)
     assert nearest_bucket(1, 100, sizes) == (576, 1344)
+    assert nearest_bucket(1000, 1530, [(100, 100), (100, 230)]) == (100, 230)  # 1.53 is 1.53 times 1, and 2.3 is 1.5 times 1.53
     record = read(write_set(tmp_path, size=(18, 32)), resolution=1024, multiple=16).records[0]
     assert (record.size, record.height, record.width) == ((18, 32), 720, 1280)
 
@@ -407,6 +408,12 @@ def test_epoch_shows_every_record_in_whole_batches_of_one_bucket(two_buckets):
         record = two_buckets.records[item.record]
         assert (item.height, item.width) == (record.height, record.width)
         assert item.prompt == record.prompts[item.prompt_key]
+
+
+def test_an_epoch_shows_every_record_as_often_as_it_is_repeated(two_buckets):
+    two_buckets.repeats = 3
+    items = [item for batch in epoch_batches(two_buckets, epoch=0, seed=1, global_batch=1) for item in batch]
+    assert sorted((item.record, item.repeat) for item in items) == [(record, turn) for record in range(8) for turn in range(3)]
 
 
 def test_small_set_wraps_round_with_new_repeats(tmp_path):

@@ -42,6 +42,17 @@ def test_published_hyper_parameters_of_the_real_recipe():
     assert (s.conditioning.max_text_tokens, s.conditioning.max_vlm_tokens) == (512, 1024)
 
 
+def test_defaults_are_the_papers_where_it_has_numbers():
+    """What a recipe does not say is this; the rest is AdamW's own."""
+    s = Settings()
+    assert (s.teacher.kind, s.teacher.ema_decay, s.teacher.ema_dtype) == ("ema", 0.9999, "fp32")
+    assert (s.method.name, s.method.weight, s.method.states, s.method.num_states) == ("dopsd", "v", "on_policy", 4)
+    assert (s.train.betas, s.train.eps, s.train.weight_decay, s.train.grad_clip) == ((0.9, 0.999), 1e-8, 0.0, 1.0)
+    assert (s.train.accumulation, s.train.warmup, s.train.schedule, s.train.fp8) == (1, 0, "constant", "off")
+    assert (s.resume, s.data.repeats, s.data.skip_bad, s.model.allow) == ("never", 1, False, [])
+    assert (s.checkpoint.every, s.checkpoint.keep) == (50, 2)
+
+
 def test_default_recipe_and_the_order_of_layers(tmp_path):
     own = tmp_path / "own.toml"
     own.write_text("[train]\nsteps = 7\nlearning_rate = 1e-3\n")

@@ -286,3 +286,36 @@ def test_stage_0_scales_only_gradients_that_are_too_large(norm, clip, scale):
     engine = SimpleNamespace(_trained=trained, _clip=clip, optimizer=SimpleNamespace(grad_scale=1.0))
     assert PlainEngine._clip_gradients(engine) == pytest.approx(norm)
     assert engine.optimizer.grad_scale == pytest.approx(scale, rel=2e-5)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_fragments_of_all_ranks_are_every_tensor_once(stage, world):
+    """Laid out as DeepSpeed does it: stages 1 and 2 cut a group's flat tensor anywhere, also within a tensor; stage 3 cuts each
+    tensor, and pads it. Some ranks hold nothing of a tensor of one element."""
+    from dopsd_fast.distributed.zero_engine import ZeroEngine
+
+    sizes = [7, 1, 4, 10]
+    padded = -(-sum(sizes) // world) * world
+    whole = torch.arange(1.0, padded + 1)
+    params = list(whole[: sum(sizes)].split(sizes))
+    shares = [-(-size // world) for size in sizes]
+    starts = [sum(shares[:i]) for i in range(len(sizes))]
+    held = {size: torch.zeros(size) for size in sizes}
+    for rank in range(world):
+        engine = object.__new__(ZeroEngine)
+        engine.stage, engine.world, engine.rank = stage, world, rank
+        if stage == 3:
+            pieces = [torch.cat([p, torch.zeros(s * world - len(p))]).chunk(world)[rank] for p, s in zip(params, shares)]
+            zero = {"grad_position": {i: (0, *place) for i, place in enumerate(zip(starts, shares))},
+                    "get_param_id": lambda p: sizes.index(p.ds_numel), "fp32_partitioned_groups_flat": [torch.cat(pieces)]}
+            students = [SimpleNamespace(ds_numel=size) for size in sizes]
+        else:
+            zero = {"bit16_groups_flat": [torch.zeros(3), whole],
+                    "single_partition_of_fp32_groups": [torch.zeros(3), whole.chunk(world)[rank]]}
+            students = params
+        engine._zero = SimpleNamespace(**zero)
+        engine._trained = [SimpleNamespace(name=size, student=student) for size, student in zip(sizes, students)]
+        for f in engine._find_fragments():
+            held[f.trained.name][f.offset : f.offset + f.numel] += f.flat[f.start : f.start + f.numel]
+    assert all(torch.equal(held[size], param) for size, param in zip(sizes, params))
