@@ -16,7 +16,7 @@ from bench.clock import synchronize
 from bench.models import Model
 from bench.peers.plain_zero import LIKE_A_LARGE_MODEL, PlainZero
 from bench.peers.reference_eager import Adapter, Condition
-from dopsd_fast.settings import Settings
+from dopsd_fast.settings.schema import Settings
 
 STATES = 4
 SEED = 0
@@ -73,9 +73,9 @@ class Ours:
     """Pair, objective and engine as the trainer runs them."""
 
     def __init__(self, one: Arrangement, batch: Batch) -> None:
-        from dopsd_fast.objective import make_objective
-        from dopsd_fast.sharding import Engine
-        from dopsd_fast.teacher import build_pair
+        from dopsd_fast.distributed.registry import make_engine
+        from dopsd_fast.families.build import build_pair
+        from dopsd_fast.method.registry import make_objective
 
         zero: dict[str, Any] = dict(LIKE_A_LARGE_MODEL) if one.stage == 3 else {}
         if one.offload:
@@ -91,8 +91,8 @@ class Ours:
         })  # fmt: skip
         self.batch = batch
         self.pair = build_pair(batch.family, settings, model.dtype, model.device)
-        self.objective = make_objective(settings)
-        self.engine = Engine(self.pair, settings)
+        self.objective = make_objective(settings.method)
+        self.engine = make_engine(self.pair, settings)
 
     def weights(self) -> Iterator[tuple[str | None, Any]]:
         """(stock name, parameter) of student and teacher; None for an adapter's."""
@@ -101,12 +101,12 @@ class Ours:
                 yield None if ".lora_" in name else name.replace(".base_layer.", "."), parameter
 
     def step(self) -> float:
-        from dopsd_fast.objective import StepInputs
+        from dopsd_fast.method.objective import StepInputs
 
         batch = self.batch
         student, teacher = ([{"text": text} for text in texts] for texts in (batch.student, batch.teacher))
         with self.engine.accumulating():
-            forward = self.pair.open(batch.family, student, teacher, batch.noise.shape)
+            forward = self.pair.open(student, teacher, batch.noise.shape)
             inputs = StepInputs(noise=batch.noise, grid=batch.grid, forward=forward)
             report = self.objective.accumulate(inputs, self.engine.backward)
         self.engine.step(LEARNING_RATE)

@@ -161,7 +161,7 @@ def main(argv: Sequence[str]) -> int:
     from bench.machine import device_named, environment
     from bench.results import Options
     from dopsd_fast.errors import UserError
-    from dopsd_fast.telemetry import quiet_libraries
+    from dopsd_fast.run.console import quiet_libraries
 
     quiet_libraries()
     threads = 1 if quick else min(4, os.cpu_count() or 1)

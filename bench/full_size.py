@@ -237,7 +237,7 @@ def run_part(arguments: argparse.Namespace) -> int:
     file = arguments.out / f"{part.name}.part"
     rows: list[Row] = []
     try:
-        from dopsd_fast.telemetry import quiet_libraries
+        from dopsd_fast.run.console import quiet_libraries
 
         quiet_libraries()
         for row in rows_of(part, options, arguments.until):

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from dopsd_fast.errors import UserError
-from dopsd_fast.families import Family, open_family
-from dopsd_fast.memory_trace import PUBLISHED, published_family
-from dopsd_fast.settings import Settings
+from dopsd_fast.families.base import Family
+from dopsd_fast.families.published import PUBLISHED, published_family
+from dopsd_fast.families.registry import open_family
+from dopsd_fast.settings.schema import Settings
 
 SMALL = {"dim": 192, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 3, "n_kv_heads": 3, "cap_feat_dim": 64,
          "axes_dims": [16, 24, 24], "axes_lens": [512, 128, 128]}  # fmt: skip

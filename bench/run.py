@@ -76,7 +76,7 @@ def bench(argv: list[str]) -> int:
     from bench.machine import device_named
     from bench.models import Model
     from bench.results import Options
-    from dopsd_fast.telemetry import quiet_libraries
+    from dopsd_fast.run.console import quiet_libraries
 
     quiet_libraries()
     warnings.filterwarnings("ignore", ".*complex operators", UserWarning)  # R3's RoPE is in complex numbers, as published

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dopsd_fast import offload, sharding
+from dopsd_fast.distributed import offload, zero_engine
 
 
 class Lane(TorchDispatchMode):
@@ -67,15 +67,15 @@ class Late:
 def both(rig: Any) -> None:
     """Three steps of the engine, in parts of 97 elements, and three of one whose step is DeepSpeed's own: how many tensors
     differ in a bit, by kind, over all ranks."""
-    ours, attach = rig, sharding.attach
+    ours, attach = rig, zero_engine.attach
     step = ours.engine.offload
     streams = Late() if rig.case.get("late") else None
     step._transfers = offload.Transfers([buffer.dtype for buffer in step._transfers.take()], 97, streams)
-    sharding.attach = lambda engine, pinned: None
+    zero_engine.attach = lambda *given: None
     try:
         theirs = type(rig)(rig.case)
     finally:
-        sharding.attach = attach
+        zero_engine.attach = attach
     assert theirs.engine.offload is None
     before = {key: value.clone() for key, value in held(ours.engine)}
     rig.numbers["norms"], rig.numbers["their_norms"] = ours.train(0, 3), theirs.train(0, 3)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dopsd_fast.settings import Settings
+from dopsd_fast.settings.schema import Settings
 from tests import driving
 
 GLOBAL_BATCH = 8
@@ -116,7 +116,7 @@ class RealFamily:
     """A family of dopsd_fast.families; the teacher sees another prompt than the student, of another length."""
 
     def __init__(self, folder: str) -> None:
-        from dopsd_fast.families import open_family
+        from dopsd_fast.families.registry import open_family
 
         family = open_family(folder, Settings().conditioning)
         self.load_transformer, self.velocity = family.load_transformer, family.velocity
@@ -152,7 +152,7 @@ def make_settings(case: dict[str, Any], world: int) -> Settings:
 
 
 def make_pair(case: dict[str, Any], settings: Settings):
-    from dopsd_fast.teacher import build_pair
+    from dopsd_fast.families.build import build_pair
 
     family = RealFamily(case["model"]) if "model" in case else Family()
     pair = build_pair(family, settings, torch.bfloat16 if settings.train.precision == "bf16" else torch.float32)
@@ -182,7 +182,7 @@ def accumulate(backward, pair, family, settings: Settings, rank: int, world: int
     """Two states of a trajectory per micro-batch, one backward each; the loss, summed over them."""
     total = 0.0
     for x, student_contexts, teacher_contexts in micro_batches(family, settings, rank, world, step):
-        forward = pair.open(family, student_contexts, teacher_contexts, x.shape)
+        forward = pair.open(student_contexts, teacher_contexts, x.shape)
         for k in range(2):
             v_s, v_t = forward(x, torch.full((len(x),), 0.5 * k))
             loss = (v_s - v_t).float().square().mean() / 2 / settings.train.accumulation
@@ -195,7 +195,7 @@ def accumulate(backward, pair, family, settings: Settings, rank: int, world: int
 
 def probe(pair, family, which: str) -> torch.Tensor:
     x = torch.linspace(-1, 1, math.prod(family.shape)).reshape(1, *family.shape)
-    return pair.sampler(family, which, family.contexts(0)[0][:1], x.shape)(x, torch.tensor([0.3])).clone()
+    return pair.sampler(which, family.contexts(0)[0][:1], x.shape)(x, torch.tensor([0.3])).clone()
 
 
 def use_torch_quantizer() -> None:
@@ -217,7 +217,8 @@ class Rig:
     """A case's pair, engine and report."""
 
     def __init__(self, case: dict[str, Any]) -> None:
-        from dopsd_fast.sharding import Engine, init_distributed
+        from dopsd_fast.distributed.process_group import init_distributed
+        from dopsd_fast.distributed.registry import make_engine
 
         self.case = case
         if case.get("quantizer"):
@@ -225,7 +226,7 @@ class Rig:
         ranks = init_distributed()
         self.settings = make_settings(case, ranks.world)
         self.family, self.pair = make_pair(case, self.settings)
-        self.engine = Engine(self.pair, self.settings)
+        self.engine = make_engine(self.pair, self.settings)
         self.numbers: dict[str, Any] = {}
         self.tensors: dict[str, torch.Tensor] = {}
 
@@ -304,7 +305,7 @@ def many_small_gradients(rig: Rig) -> None:
     scales = [1.0] + [2.0**-9] * 63
 
     def loss() -> torch.Tensor:
-        return rig.pair.student_velocity(rig.family, x, torch.zeros(len(x)), contexts).float().square().mean()
+        return rig.pair.student_velocity(x, torch.zeros(len(x)), contexts).float().square().mean()
 
     with rig.engine.accumulating():
         rig.engine.backward(loss())
@@ -325,7 +326,7 @@ def not_finite(rig: Rig) -> None:
     x, contexts, _ = next(micro_batches(rig.family, rig.settings, rig.engine.rank, rig.engine.world, 0))
     factor = float(rig.case["factor"]) if rig.engine.rank == rig.engine.world - 1 else 1.0
     with rig.engine.accumulating():
-        v = rig.pair.student_velocity(rig.family, x, torch.zeros(len(x)), contexts)
+        v = rig.pair.student_velocity(x, torch.zeros(len(x)), contexts)
         rig.engine.backward(v.square().mean() * factor)
     rig.numbers["bad"] = repr(rig.engine.step(1e-2))
     rig.record("after/")
@@ -342,7 +343,7 @@ def interrupted(rig: Rig) -> None:
     x, contexts, _ = next(micro_batches(rig.family, rig.settings, 0, 1, 5))
     try:
         with rig.engine.accumulating():
-            rig.engine.backward(rig.pair.student_velocity(rig.family, x, torch.zeros(len(x)), contexts).sum())
+            rig.engine.backward(rig.pair.student_velocity(x, torch.zeros(len(x)), contexts).sum())
             raise ZeroDivisionError
     except ZeroDivisionError:
         rig.numbers["raised"] = True
@@ -359,7 +360,7 @@ def agreement(rig: Rig) -> None:
 
 def save_and_go_on(rig: Rig) -> None:
     """Two steps, a checkpoint, two more; then a second engine that starts from the checkpoint."""
-    from dopsd_fast import checkpoints
+    from dopsd_fast.storage import checkpoints
 
     folder = Path(rig.case["folder"])
     rig.train(0, 2)
@@ -378,7 +379,7 @@ def save_and_go_on(rig: Rig) -> None:
 
 
 def load_only(rig: Rig) -> None:
-    from dopsd_fast import checkpoints
+    from dopsd_fast.storage import checkpoints
 
     checkpoints.load(Path(rig.case["folder"]), rig.engine)
     rig.record("loaded/")
@@ -388,8 +389,8 @@ def load_only(rig: Rig) -> None:
 
 def failing_rank(rig: Rig) -> None:
     """The last rank has no space for its second checkpoint."""
-    from dopsd_fast import checkpoints
     from dopsd_fast.errors import UserError
+    from dopsd_fast.storage import checkpoints
 
     folder = Path(rig.case["folder"])
     rig.train(0, 1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dopsd_fast import checkpoints
+from dopsd_fast.storage import checkpoints
 
 LAST = 2
 """Steps before the checkpoint."""

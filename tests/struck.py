@@ -73,9 +73,8 @@ def before(owner: Any, name: str, call: Callable[[], None]) -> None:
 def prepare(at: str, strike: Strike) -> None:
     if at == "start":
         die()
-    from dopsd_fast import checkpoints
-    from dopsd_fast.sharding import Engine
-    from dopsd_fast.trainer import Trainer
+    from dopsd_fast.run.trainer import Trainer
+    from dopsd_fast.storage import checkpoints
 
     if at == "forward":  # from the micro-batch's inputs to its first backward
         begun = [False]

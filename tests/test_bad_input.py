@@ -256,9 +256,9 @@ def test_no_space_for_the_export(tmp_path):
 
 def test_a_run_that_cannot_fit_is_refused(monkeypatch, capsys):
     """Before anything is loaded, with the plan and what would help."""
-    from dopsd_fast import trainer
-    from dopsd_fast.families import open_family
-    from dopsd_fast.settings import load_settings
+    from dopsd_fast.families.registry import open_family
+    from dopsd_fast.run import trainer
+    from dopsd_fast.settings.load import load_settings
 
     asked = SimpleNamespace(settings=load_settings(["train.batch_size=64", "deepspeed.stage=0"]), world=1, local_world=1,
                             device=torch.device("cpu"), say=print)

@@ -13,8 +13,8 @@ from bench import forks
 from bench.cases import cost, memory, room
 from bench.cases.workload import Workload
 from bench.results import Options, Row
-from dopsd_fast.memory_moments import CONTEXT, PROCESS, Machine
-from dopsd_fast.plan import make_plan
+from dopsd_fast.memory.ledger import CONTEXT, PROCESS, Machine
+from dopsd_fast.memory.planner import make_plan
 from tests import tiny
 
 CPU = torch.device("cpu")

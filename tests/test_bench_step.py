@@ -23,7 +23,7 @@ from bench.models import Model
 from bench.peers import reference_eager as reference
 from bench.results import ROOT, Options, Row, failed, read_results, write_results
 from dopsd_fast.errors import UserError
-from dopsd_fast.settings import Settings
+from dopsd_fast.settings.schema import Settings
 from dopsd_kernels import native_ops
 from tests import tiny
 

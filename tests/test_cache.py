@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from dopsd_fast.conditioning import encoders
 from dopsd_fast.conditioning.cache import ContextCache
 from dopsd_fast.conditioning.fingerprint import hash_folder
 from dopsd_fast.errors import UserError
-from dopsd_fast.families import base, open_family
-from dopsd_fast.settings import ConditioningSettings
+from dopsd_fast.families.registry import open_family
+from dopsd_fast.settings.schema import ConditioningSettings
 from tests.tiny import make_zimage, shared
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +57,7 @@ def computed(monkeypatch):
     """Counts what the encoders are asked for."""
     calls = []
     for kind in ("student", "teacher", "latents"):
-        monkeypatch.setattr(base.Encoders, kind, spied(kind, getattr(base.Encoders, kind), calls))
+        monkeypatch.setattr(encoders.Encoders, kind, spied(kind, getattr(encoders.Encoders, kind), calls))
     return calls
 
 
@@ -226,14 +227,14 @@ def test_damage_after_completion_is_noticed_at_get(tmp_path, image, computed):
 
 def test_encoders_leave_memory(tmp_path, image, monkeypatch):
     alive = []
-    original = base.Encoders.teacher
+    original = encoders.Encoders.teacher
 
     def spy(self, prompts, images):
         result = original(self, prompts, images)
         alive.extend(weakref.ref(part) for part in (self, self.text_encoder, self.vlm, self.vlm.model))
         return result
 
-    monkeypatch.setattr(base.Encoders, "teacher", spy)
+    monkeypatch.setattr(encoders.Encoders, "teacher", spy)
     for policy in ("memory", "disk"):
         alive.clear()
         cache = make(tmp_path / policy, policy)
@@ -275,8 +276,8 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from dopsd_fast.conditioning.cache import ContextCache
-from dopsd_fast.families import open_family
-from dopsd_fast.settings import ConditioningSettings
+from dopsd_fast.families.registry import open_family
+from dopsd_fast.settings.schema import ConditioningSettings
 
 family = open_family(sys.argv[2], ConditioningSettings(max_text_tokens=32, max_vlm_tokens=64))
 cache = ContextCache("disk", Path(sys.argv[3]), family, shard_bytes=1)

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dopsd_fast import checkpoints
 from dopsd_fast.errors import UserError
+from dopsd_fast.storage import checkpoints
 from tests import ranks
 
 SAVED = [
@@ -143,7 +143,7 @@ def test_a_rank_that_cannot_write_stops_all_and_loses_nothing() -> None:
 
 
 class Engine:
-    """What checkpoints.py asks of dopsd_fast.sharding.Engine, in one process."""
+    """What checkpoints.py asks of dopsd_fast.distributed.zero_engine.Engine, in one process."""
 
     rank, world, stage = 0, 1, 0
     kinds = ("master", "ema")

@@ -16,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dopsd_fast import checkpoints, convert, export
-from dopsd_fast.export import SINGLE
+from dopsd_fast import convert
+from dopsd_fast.storage import checkpoints, pipeline, safetensors_layout
+from dopsd_fast.storage.pipeline import SINGLE
 from tests import tiny
 from tests.driving import ROOT, data, start, words
 from tests.resuming import joined
@@ -254,7 +255,7 @@ def test_a_disk_without_space(full, tmp_path, capsys, monkeypatch):
     def exhausted(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "_write_weights", exhausted)
+    monkeypatch.setattr(pipeline, "_write_weights", exhausted)
     line = fail(capsys, full, tmp_path / "out")
     assert "No space left on device; free some space and run again" in line
     assert not list(tmp_path.iterdir())
@@ -266,7 +267,7 @@ def test_killed_and_run_again(full, tmp_path, capsys):
     before = contents(out)
     child = os.fork()
     if child == 0:
-        export._write_weights = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        pipeline._write_weights = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         convert.main([str(full), str(out), "--overwrite"])
         os._exit(0)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -358,10 +359,10 @@ def test_options(full, lora, tmp_path, capsys):
 
 
 def test_more_files_than_can_be_open():
-    shard = export.Shard.of("x", [(str(i), "BF16", [10]) for i in range(600)], {})
+    shard = safetensors_layout.Shard.of("x", [(str(i), "BF16", [10]) for i in range(600)], {})
     with pytest.raises(convert.UserError, match="make 600 files, more than 500"):
-        export.arrange([shard], max_bytes=20)
-    assert [len(part.entries) for part in export.arrange([shard], max_bytes=40)] == [2] * 300
+        safetensors_layout.arrange([shard], max_bytes=20)
+    assert [len(part.entries) for part in safetensors_layout.arrange([shard], max_bytes=40)] == [2] * 300
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------------

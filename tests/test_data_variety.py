@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dopsd_fast.agreement import of_records
+from dopsd_fast.data.images import is_other_picture, is_readable
+from dopsd_fast.data.records import Dataset, read_records
 from dopsd_fast.errors import UserError
-from dopsd_fast.images import is_other_picture, is_readable
-from dopsd_fast.records import Dataset, read_records
-from dopsd_fast.run_folder import _changes, _read_data
-from dopsd_fast.settings import DataSettings
+from dopsd_fast.run.accounts import of_records
+from dopsd_fast.run.folder import _changes, _read_data
+from dopsd_fast.settings.schema import DataSettings
 from tests.driving import numbers, picture, start, words
 
 RUN = dict(train__steps=1, sample__count=0, checkpoint__every=0)

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from dopsd_fast.deepspeed_config import check_world, deepspeed_config
+from dopsd_fast.distributed.deepspeed_check import check_world
 from dopsd_fast.errors import UserError
-from dopsd_fast.settings import Settings, load_settings
+from dopsd_fast.settings.deepspeed_dict import deepspeed_config
+from dopsd_fast.settings.load import load_settings
+from dopsd_fast.settings.schema import Settings
 
 
 def error(words: str, world: int = 0, device: str = "cpu") -> str:
@@ -180,7 +182,7 @@ def test_a_config_that_no_check_has_seen_is_one_line(monkeypatch: pytest.MonkeyP
     import deepspeed
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    from dopsd_fast.sharding import _initialize
+    from dopsd_fast.distributed.zero_engine import _initialize
 
     monkeypatch.setattr(deepspeed, "initialize", lambda **given: DeepSpeedZeroConfig(**given["config"]["zero_optimization"]))
     with pytest.raises(UserError, match="deepspeed.config: DeepSpeedZeroConfig, no_such_field"):

@@ -21,11 +21,13 @@ from peft import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dopsd_fast import export, publish
 from dopsd_fast.errors import UserError
-from dopsd_fast.export import export_full, export_lora
-from dopsd_fast.families import open_family
-from dopsd_fast.settings import ConditioningSettings
+from dopsd_fast.families.registry import open_family
+from dopsd_fast.run import verify_export
+from dopsd_fast.settings.schema import ConditioningSettings
+from dopsd_fast.storage import pipeline, safetensors_layout
+from dopsd_fast.storage.lora import export_lora
+from dopsd_fast.storage.pipeline import export_full
 from tests.tiny import make_zimage, shared
 
 CONDITIONING = ConditioningSettings(max_text_tokens=32, max_vlm_tokens=64)
@@ -58,7 +60,7 @@ def test_unchanged_tensors_give_the_same_folder(tmp_path, dtype, sharded):
         model.save_pretrained(source / "transformer", max_shard_size="200KB")
     family = open_family(source, CONDITIONING)
     tensors = [(name, tensor.float()) for name, tensor in weights(family, dtype).items()]
-    export_full(family, reversed(tensors), tmp_path / "export")  # any order, fp32 master weights
+    export_full(family.path, reversed(tensors), tmp_path / "export")  # any order, fp32 master weights
     before, after = files_below(source), files_below(tmp_path / "export")
     assert before == after
     assert (len([name for name in after if name.startswith("transformer/diffusion")]) > 4) == sharded
@@ -70,7 +72,7 @@ def test_unchanged_tensors_give_the_same_folder(tmp_path, dtype, sharded):
 def test_changed_tensors_load_in_the_pipeline(tmp_path):
     family = open_family(shared("zimage"), CONDITIONING)
     trained = {name: tensor + 0.01 for name, tensor in weights(family).items()}
-    export_full(family, trained.items(), tmp_path / "export")
+    export_full(family.path, trained.items(), tmp_path / "export")
     pipeline = ZImagePipeline.from_pretrained(tmp_path / "export")
     for name, tensor in pipeline.transformer.state_dict().items():
         assert torch.equal(tensor, trained[name])
@@ -82,7 +84,7 @@ def test_changed_tensors_load_in_the_pipeline(tmp_path):
 
 def test_flux2_folder(tmp_path):
     family = open_family(shared("flux2_klein"), CONDITIONING)
-    export_full(family, weights(family).items(), tmp_path / "export")
+    export_full(family.path, weights(family).items(), tmp_path / "export")
     assert files_below(shared("flux2_klein")) == files_below(tmp_path / "export")
     Flux2KleinPipeline.from_pretrained(tmp_path / "export")
 
@@ -94,7 +96,7 @@ def test_links_through_symbolic_links_and_copies_where_links_fail(tmp_path, monk
     (source / "vae" / "config.json").rename(blob)
     (source / "vae" / "config.json").symlink_to(blob)
     family = open_family(source, CONDITIONING)
-    export_full(family, weights(family).items(), tmp_path / "linked")
+    export_full(family.path, weights(family).items(), tmp_path / "linked")
     config = tmp_path / "linked" / "vae" / "config.json"
     assert not config.is_symlink() and config.samefile(blob)
 
@@ -102,7 +104,7 @@ def test_links_through_symbolic_links_and_copies_where_links_fail(tmp_path, monk
         raise OSError(errno.EXDEV, "another file system")
 
     monkeypatch.setattr(os, "link", refuse)
-    export_full(family, weights(family).items(), tmp_path / "copied")
+    export_full(family.path, weights(family).items(), tmp_path / "copied")
     assert files_below(tmp_path / "copied") == files_below(tmp_path / "linked")
     assert not (tmp_path / "copied" / "vae" / "config.json").samefile(blob)
 
@@ -111,7 +113,7 @@ def test_stale_weights_are_not_taken_along(tmp_path):
     source = shutil.copytree(shared("zimage"), tmp_path / "source")
     (source / "transformer" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"old")
     family = open_family(source, CONDITIONING)
-    export_full(family, weights(family).items(), tmp_path / "export")
+    export_full(family.path, weights(family).items(), tmp_path / "export")
     assert not (tmp_path / "export" / "transformer" / "diffusion_pytorch_model.fp16.safetensors").exists()
 
 
@@ -119,7 +121,7 @@ def test_stale_weights_are_not_taken_along(tmp_path):
 def test_an_error_leaves_the_old_export(tmp_path, monkeypatch, case):
     family = open_family(shared("zimage"), CONDITIONING)
     out = tmp_path / "export"
-    export_full(family, weights(family).items(), out)
+    export_full(family.path, weights(family).items(), out)
     before = files_below(out)
     pairs = list(weights(family).items())
     if case == "missing":
@@ -135,9 +137,9 @@ def test_an_error_leaves_the_old_export(tmp_path, monkeypatch, case):
         def exhausted(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(export, "_write_weights", exhausted)
+        monkeypatch.setattr(pipeline, "_write_weights", exhausted)
     with pytest.raises(UserError) as error:
-        export_full(family, iter(pairs), out)
+        export_full(family.path, iter(pairs), out)
     assert "\n" not in str(error.value)
     assert files_below(out) == before
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
@@ -146,22 +148,22 @@ def test_an_error_leaves_the_old_export(tmp_path, monkeypatch, case):
 def test_a_killed_swap_is_repaired(tmp_path):
     family = open_family(shared("zimage"), CONDITIONING)
     out = tmp_path / "export"
-    export_full(family, weights(family).items(), out)
+    export_full(family.path, weights(family).items(), out)
     before = files_below(out)
     out.rename(tmp_path / "export.old")  # what a kill between the two renames leaves
     with pytest.raises(UserError):
-        export_full(family, iter([]), out)
+        export_full(family.path, iter([]), out)
     assert files_below(out) == before
 
 
 def test_full_device_is_one_line(tmp_path):
     family = open_family(shared("zimage"), CONDITIONING)
-    shard = export.Shard.read(family.path / "transformer" / "diffusion_pytorch_model.safetensors")
+    shard = safetensors_layout.Shard.read(family.path / "transformer" / "diffusion_pytorch_model.safetensors")
     folder = tmp_path / "transformer"
     folder.mkdir()
     (folder / shard.name).symlink_to("/dev/full")
     with pytest.raises(OSError) as error:
-        export._write_weights([shard], folder, weights(family).items())
+        pipeline._write_weights([shard], folder, weights(family).items())
     assert error.value.errno == errno.ENOSPC
 
 
@@ -179,7 +181,7 @@ def test_one_tensor_in_memory_at_a_time(tmp_path):
             yield name, tensor
             del tensor
 
-    export_full(family, tensors(), tmp_path / "export")
+    export_full(family.path, tensors(), tmp_path / "export")
     assert len(given) == len(shapes) and max(most) <= 1
 
 
@@ -187,7 +189,7 @@ def test_one_tensor_in_memory_at_a_time(tmp_path):
 
 
 def finished(family, tensors, rank=0):
-    """What publish.py asks of a trainer, whose live weights are `tensors`."""
+    """What verify_export.py asks of a trainer, whose live weights are `tensors`."""
 
     def agree(problem=""):
         if problem:
@@ -203,35 +205,35 @@ def test_every_exported_weight_is_compared_with_the_live_one(tmp_path):
     source = open_family(make_zimage(tmp_path / "source", dtype=torch.bfloat16), CONDITIONING)
     live = {name: tensor + 0.001 for name, tensor in weights(source).items()}  # rounded where they are stored
     out = tmp_path / "export"
-    export_full(source, live.items(), out)
-    publish._check_weights(finished(source, live.items()), "student", out)
+    export_full(source.path, live.items(), out)
+    verify_export._check_weights(finished(source, live.items()), "student", out)
     name = max(live)
     for value in (live[name] + 0.01 * live[name].abs().max(), -live[name], torch.full_like(live[name], torch.nan)):
         with pytest.raises(UserError, match=f"its {name} is not what was written"):
-            publish._check_weights(finished(source, (live | {name: value}).items()), "student", out)
-    publish._check_weights(finished(source, [(name, torch.empty(0))], rank=1), "student", out)
+            verify_export._check_weights(finished(source, (live | {name: value}).items()), "student", out)
+    verify_export._check_weights(finished(source, [(name, torch.empty(0))], rank=1), "student", out)
     with pytest.raises(UserError, match="its new.weight cannot be read back"):
-        publish._check_weights(finished(source, [*live.items(), ("new.weight", torch.zeros(1))]), "student", out)
+        verify_export._check_weights(finished(source, [*live.items(), ("new.weight", torch.zeros(1))]), "student", out)
     file = out / "transformer" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match="was written but cannot be read back"):
-        publish._check_weights(finished(source, live.items()), "student", out)
+        verify_export._check_weights(finished(source, live.items()), "student", out)
 
 
 def test_a_second_copy_of_the_model_needs_room(monkeypatch):
     trainer = finished(None, [])
-    assert publish._has_room(trainer)
+    assert verify_export._has_room(trainer)
     trainer.parameters = 10**15
-    assert not publish._has_room(trainer)  # of main memory
+    assert not verify_export._has_room(trainer)  # of main memory
     trainer.parameters, trainer.device = 100, torch.device("cuda")
-    assert not publish._has_room(trainer)  # sharded over accelerators
+    assert not verify_export._has_room(trainer)  # sharded over accelerators
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (301, 1000))
     trainer.world = 1
-    assert publish._has_room(trainer)
+    assert verify_export._has_room(trainer)
     trainer.parameters = 101
-    assert not publish._has_room(trainer)
+    assert not verify_export._has_room(trainer)
     trainer.rank = 1
-    assert publish._has_room(trainer)  # only rank 0 reads back
+    assert verify_export._has_room(trainer)  # only rank 0 reads back
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------------------------
@@ -255,7 +257,7 @@ def trained_adapter(kind, adapter="student"):
 def lora(request, tmp_path_factory):
     family, transformer, config = trained_adapter(request.param)
     folder = tmp_path_factory.mktemp("lora") / "export"
-    export_lora(family, get_peft_model_state_dict(transformer, adapter_name="student"), config, folder)
+    export_lora(family.pipeline_class, get_peft_model_state_dict(transformer, adapter_name="student"), config, folder)
     return family, run(family, transformer), folder
 
 
@@ -388,9 +390,9 @@ def test_lora_state_with_adapter_names(lora, tmp_path):
     family, _, folder = lora
     _, transformer, config = trained_adapter(family.name)
     state = {name: p for name, p in transformer.named_parameters() if "lora_" in name}
-    export_lora(family, state, config, tmp_path / "export")
+    export_lora(family.pipeline_class, state, config, tmp_path / "export")
     assert content(folder) == content(tmp_path / "export")
     doubled = state | {name.replace(".student.", ".teacher."): tensor for name, tensor in state.items()}
     with pytest.raises(ValueError, match="more than one adapter"):
-        export_lora(family, doubled, config, tmp_path / "export")
+        export_lora(family.pipeline_class, doubled, config, tmp_path / "export")
     assert content(folder) == content(tmp_path / "export")

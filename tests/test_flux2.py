@@ -9,9 +9,9 @@ from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 
-from dopsd_fast.families import open_family
-from dopsd_fast.sampling import rollout
-from dopsd_fast.settings import ConditioningSettings
+from dopsd_fast.families.registry import open_family
+from dopsd_fast.method.trajectory import rollout
+from dopsd_fast.settings.schema import ConditioningSettings
 from tests.tiny import shared
 
 PROMPTS = ["a cat", "a much longer prompt, über ein Haus"]

@@ -196,7 +196,7 @@ def test_the_counter_refuses_what_does_not_agree():
 
 def test_a_sweep_holds_what_acts_and_what_comes_next():
     """Four units of one parameter each; the last turn comes back to the first unit."""
-    from dopsd_fast.fetching import Fetcher
+    from dopsd_fast.distributed.fetching import Fetcher
 
     units = [nn.Linear(1, 1, bias=False) for _ in range(4)]
     names = {id(unit.weight): number for number, unit in enumerate(units)}

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from dopsd_fast.errors import UserError
-from dopsd_fast.families import open_family
+from dopsd_fast.families.registry import open_family
 from dopsd_fast.nano import build, check, measure, models, report, stages, world
-from dopsd_fast.settings import Settings, load_settings
+from dopsd_fast.settings.load import load_settings
+from dopsd_fast.settings.schema import Settings
 
 PIPELINE = build.HERE / "pipeline"
 

@@ -12,8 +12,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dopsd_fast.objective import DOPSD, PSO, SFT, NonFiniteLoss, StepInputs, TwoCalls, Velocity, make_objective
-from dopsd_fast.trajectory import draw_times, grid_shift, off_policy_state, shift_sigma, shifted_grid, weights
+from dopsd_fast.method.baselines import PSO, SFT
+from dopsd_fast.method.dopsd import DOPSD
+from dopsd_fast.method.objective import NonFiniteLoss, StepInputs
+from dopsd_fast.method.registry import make_objective
+from dopsd_fast.method.trajectory import draw_times, grid_shift, off_policy_state, shift_sigma, shifted_grid, state_weights
+from dopsd_fast.pair.passes import TwoCalls, Velocity
 
 GRID = [0.0, 0.1, 0.25, 0.5, 1.0]
 SHAPE = (3, 2, 5, 3)
@@ -107,11 +111,11 @@ def test_grid_shift_inverts(count, shift):
 
 
 def test_weights():
-    assert weights("v", GRID) == [1.0, 1.0, 1.0, 1.0]
-    assert weights("x1", GRID) == pytest.approx([1.0, 0.81, 0.5625, 0.25])
-    assert weights("mu", GRID) == pytest.approx([0.01, 0.0225, 0.0625, 0.25])
+    assert state_weights("v", GRID) == [1.0, 1.0, 1.0, 1.0]
+    assert state_weights("x1", GRID) == pytest.approx([1.0, 0.81, 0.5625, 0.25])
+    assert state_weights("mu", GRID) == pytest.approx([0.01, 0.0225, 0.0625, 0.25])
     with pytest.raises(ValueError, match="method.weight"):
-        weights("x0", GRID)
+        state_weights("x0", GRID)
 
 
 @pytest.mark.parametrize("backward", ["per_state", "k_graphs"])

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from dopsd_fast import offload
-from dopsd_fast.offload import Transfers, host_bytes, take_pinning
+from dopsd_fast.distributed import offload
+from dopsd_fast.distributed.offload import Transfers, host_bytes, take_pinning
 from tests import ranks
 from tests.offload_cases import Late
 from tests.tiny import shared

@@ -23,10 +23,11 @@ import torch
 
 from bench.peers import reference_eager as reference
 from bench.peers.float64 import wide
-from dopsd_fast.families import open_family
-from dopsd_fast.objective import DOPSD, StepInputs
-from dopsd_fast.settings import Settings
-from dopsd_fast.teacher import build_pair
+from dopsd_fast.families.build import build_pair
+from dopsd_fast.families.registry import open_family
+from dopsd_fast.method.dopsd import DOPSD
+from dopsd_fast.method.objective import StepInputs
+from dopsd_fast.settings.schema import Settings
 from tests import tiny
 
 SIGMAS = [1.0, 0.9, 0.75, 0.5, 0.0]  # K = 4, shift 3, by hand
@@ -133,7 +134,7 @@ class OurStep:
 
     def backward(self, noise: torch.Tensor):
         with wide(self.dtype):
-            forward = self.pair.open(self.family, self.student_contexts, self.teacher_contexts, noise.shape)
+            forward = self.pair.open(self.student_contexts, self.teacher_contexts, noise.shape)
             inputs = StepInputs(noise=noise, grid=self.family.train_grid(4, 3.0, tuple(noise.shape[1:])), forward=forward)
             report = self.objective.accumulate(inputs, lambda loss: loss.backward())
         assert all(parameter.grad is None for parameter in self.teacher.values())

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from bench.peers.float64 import wide
-from dopsd_fast.families.zimage_pair import ZImagePair, patchify, unpatchify
-from dopsd_fast.gradient_sums import GradientSums
-from dopsd_fast.teacher import STUDENT, TEACHER, add_adapters
+from dopsd_fast.families.zimage.pair import ZImagePair, patchify, unpatchify
+from dopsd_fast.pair.gradient_sums import GradientSums
+from dopsd_fast.pair.lora import add_adapters
+from dopsd_fast.pair.student_teacher import STUDENT, TEACHER
 from tests import tiny
 
 FLOOR = 16
@@ -152,7 +153,7 @@ def ours(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     names = (STUDENT, TEACHER)
     with wide(dtype):
         layouts = [pair.layout(contexts[name], *case.size, x.device) for name in names]
-        captions = pair.captions_of(names, [contexts[name] for name in names], layouts, dtype)
+        captions = pair.prepare(names, [contexts[name] for name in names], layouts, dtype)
         v_s, v_t = pair(x, t, names, captions, layouts)
         assert not v_t.requires_grad and not captions[1].requires_grad
         out = {STUDENT: v_s, TEACHER: v_t} | gradients(both[STUDENT], v_s, cotangent)
@@ -203,7 +204,7 @@ def test_a_batch_equals_its_items():
         names = (STUDENT, TEACHER)
         layouts = [pair.layout(contexts[name][items], *case.size, x.device) for name in names]
         with torch.no_grad():
-            captions = pair.captions_of(names, [contexts[name][items] for name in names], layouts, torch.float32)
+            captions = pair.prepare(names, [contexts[name][items] for name in names], layouts, torch.float32)
             return pair(x[items], t[items], names, captions, layouts)
 
     whole = run(slice(None))
@@ -221,7 +222,7 @@ def test_one_branch_alone_equals_the_pair():
     def run(*names: str) -> tuple[Tensor, ...]:
         layouts = [pair.layout(contexts[name], *case.size, x.device) for name in names]
         with torch.no_grad():
-            captions = pair.captions_of(names, [contexts[name] for name in names], layouts, torch.float32)
+            captions = pair.prepare(names, [contexts[name] for name in names], layouts, torch.float32)
             return pair(x, t, names, captions, layouts)
 
     together = run(STUDENT, TEACHER)
@@ -240,7 +241,7 @@ def test_sums_over_the_states_equal_autograds(targets):
         pair = ZImagePair(both, {branch: branch if targets else "" for branch in names})
         sums = GradientSums(pair.summed_parameters(STUDENT)) if summed else None
         layouts = [pair.layout(contexts[name], *case.size, x.device) for name in names]
-        captions = [c.detach() for c in pair.captions_of(names, [contexts[n] for n in names], layouts, torch.float64)]
+        captions = [c.detach() for c in pair.prepare(names, [contexts[n] for n in names], layouts, torch.float64)]
         for k in range(3):
             v_s, _ = pair(x + k, (t + 0.1 * k).clamp(max=1), names, captions, layouts, sums)
             (v_s * cotangent).sum().backward()
@@ -291,7 +292,7 @@ def test_only_the_students_activations_stay():
             pair = ZImagePair(both, {STUDENT: "", TEACHER: ""}, policy)
             names = (STUDENT, TEACHER)
             layouts = [pair.layout(contexts[name], *case.size, x.device) for name in names]
-            captions = [c.detach() for c in pair.captions_of(names, [contexts[n] for n in names], layouts, torch.float32)]
+            captions = [c.detach() for c in pair.prepare(names, [contexts[n] for n in names], layouts, torch.float32)]
             with Kept(torch.nn.ModuleList(both.values())) as found:
                 velocities = pair(x, t, names, captions, layouts)
             kept[policy, length] = found.bytes
@@ -316,7 +317,7 @@ def test_fp8_is_a_small_change_of_the_frozen_products(which):
         both = models(case, torch.float32)
         pair = ZImagePair(both, {STUDENT: STUDENT, TEACHER: TEACHER}, fp8=fp8)
         layouts = [pair.layout(contexts[name], *case.size, x.device) for name in names]
-        captions = pair.captions_of(names, [contexts[name] for name in names], layouts, torch.float32)
+        captions = pair.prepare(names, [contexts[name] for name in names], layouts, torch.float32)
         v_s, v_t = pair(x, t, names, captions, layouts)
         found[fp8] = {STUDENT: v_s.detach(), TEACHER: v_t} | gradients(both[STUDENT], v_s, cotangent)
     changed = {name: error(value, found["off"][name].double()) for name, value in found[which].items()}
@@ -350,8 +351,8 @@ def test_patches():
 
 def test_too_many_tokens_are_refused():
     from dopsd_fast.errors import UserError
-    from dopsd_fast.families import open_family
-    from dopsd_fast.settings import Settings
+    from dopsd_fast.families.registry import open_family
+    from dopsd_fast.settings.schema import Settings
 
     family = open_family(tiny.shared("zimage"), Settings().conditioning)
     model = family.load_transformer(torch.float32)

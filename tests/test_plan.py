@@ -28,11 +28,15 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from dopsd_fast import plan  # noqa: E402
+from dopsd_fast.conditioning.context import Shapes  # noqa: E402
 from dopsd_fast.errors import UserError  # noqa: E402
-from dopsd_fast.families.zimage import ZImage  # noqa: E402
-from dopsd_fast.memory_moments import PROCESS, Machine, shard  # noqa: E402
-from dopsd_fast.memory_trace import LiveBytes, Shapes, published_family  # noqa: E402
-from dopsd_fast.settings import RECIPES, Settings, load_settings  # noqa: E402
+from dopsd_fast.families.published import published_family  # noqa: E402
+from dopsd_fast.families.zimage.family import ZImage  # noqa: E402
+from dopsd_fast.memory import planner
+from dopsd_fast.memory.activations import LiveBytes  # noqa: E402
+from dopsd_fast.memory.ledger import PROCESS, Machine, shard  # noqa: E402
+from dopsd_fast.settings.load import RECIPES, load_settings  # noqa: E402
+from dopsd_fast.settings.schema import Settings  # noqa: E402
 
 PARAMETERS = 6_154_908_736
 """Of Z-Image's transformer at its published size."""
@@ -119,9 +123,10 @@ def forget_peak() -> None:
 
 def measured_peak(case: dict[str, Any], layers: int) -> int:
     """Bytes by which the resident set grows during two steps, from before the model is built."""
-    from dopsd_fast.objective import StepInputs, make_objective
-    from dopsd_fast.sharding import Engine
-    from dopsd_fast.teacher import build_pair
+    from dopsd_fast.distributed.registry import make_engine
+    from dopsd_fast.families.build import build_pair
+    from dopsd_fast.method.objective import StepInputs
+    from dopsd_fast.method.registry import make_objective
 
     settings, family = settings_of(case), RandomZImage(layers)
     gc.collect()
@@ -130,7 +135,7 @@ def measured_peak(case: dict[str, Any], layers: int) -> int:
     forget_peak()
     dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
     pair = build_pair(family, settings, dtype)  # type: ignore[arg-type]
-    engine = Engine(pair, settings)
+    engine = make_engine(pair, settings)
     batch, shapes = settings.train.batch_size, SHAPES[settings.train.precision]
     for _ in range(2):
         with engine.accumulating():
@@ -138,9 +143,9 @@ def measured_peak(case: dict[str, Any], layers: int) -> int:
                 noise = torch.randn(batch, *shapes.latent)
                 student, teacher = ([{"text": torch.randn(shape["text"])} for _ in range(batch)]
                                     for shape in (shapes.student, shapes.teacher))
-                forward = pair.open(family, student, teacher, noise.shape)  # type: ignore[arg-type]
+                forward = pair.open(student, teacher, noise.shape)  # type: ignore[arg-type]
                 inputs = StepInputs(noise, [0.0, 0.5, 1.0], forward, scale=1 / settings.train.accumulation)
-                make_objective(settings).accumulate(inputs, engine.backward)
+                make_objective(settings.method).accumulate(inputs, engine.backward)
                 del forward, inputs
         engine.step(1e-4)
     peak = resident("VmHWM") - before
@@ -150,7 +155,7 @@ def measured_peak(case: dict[str, Any], layers: int) -> int:
 
 def rank_of(ranks: int, folder: Path) -> None:
     """One rank: measures all cases for so many."""
-    from dopsd_fast.sharding import init_distributed
+    from dopsd_fast.distributed.process_group import init_distributed
 
     torch.set_num_threads(1)
     rank = init_distributed().rank
@@ -200,7 +205,7 @@ def test_estimate_is_within_a_tenth_of_the_measured_peak(ranks: int, name: str, 
     library, some 10 MB against 250 MB or more."""
     machine = Machine(ranks, ranks, None, None, "cpu")
     settings = settings_of(CASES[ranks][name])
-    found = plan.make_plan(settings, machine, RandomZImage(), SHAPES[settings.train.precision])
+    found = planner.make_plan(settings, machine, RandomZImage(), SHAPES[settings.train.precision])
     estimate, measured_bytes = found.device_peak - PROCESS, peaks[ranks, name]
     assert abs(estimate / measured_bytes - 1) <= 0.1, f"{estimate / 1e6:.0f} MB planned, {measured_bytes / 1e6:.0f} MB measured"
 
@@ -226,7 +231,7 @@ def test_live_bytes_are_those_of_living_storages() -> None:
 
 def test_activations_of_full_size_are_those_counted_by_hand() -> None:
     """recompute keeps x and h of each block: 30 + 2 blocks, bf16, 4096 image tokens, in `layers` with 512 text tokens."""
-    from dopsd_fast.memory_trace import largest_shapes, measure
+    from dopsd_fast.memory.activations import largest_shapes, measure
 
     settings = load_settings(["zimage_turbo_full", "train.accumulation=1"])
     family = published_family("zimage", settings.conditioning)
@@ -244,9 +249,9 @@ def test_activations_of_full_size_are_those_counted_by_hand() -> None:
 
 
 @functools.cache
-def planned(words: str, gpus: int, memory: float, host: float | None = None, nodes: int = 1) -> plan.Plan:
+def planned(words: str, gpus: int, memory: float, host: float | None = None, nodes: int = 1) -> planner.Plan:
     machine = Machine(gpus * nodes, gpus, int(memory * 1e9), None if host is None else int(host * 1e9), "cuda")
-    return plan.make_plan(load_settings(words.split()), machine)
+    return planner.make_plan(load_settings(words.split()), machine)
 
 
 def test_full_size_on_one_141_gb_gpu() -> None:
@@ -310,7 +315,7 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     settings = load_settings(["zimage_turbo_full"])
     settings.train.masters = "low_bits"
     with pytest.raises(UserError, match=r"train\.masters=low_bits needs deepspeed\.stage=0"):
-        plan.make_plan(settings, Machine(8, 8, 80 * 10**9, None, "cuda"))
+        planner.make_plan(settings, Machine(8, 8, 80 * 10**9, None, "cuda"))
 
 
 def test_shares_are_padded_tensor_by_tensor() -> None:
@@ -329,7 +334,7 @@ def test_the_machine_here() -> None:
 @pytest.mark.parametrize(("memory", "code"), [("1000", 0), ("1.1", 1)])
 def test_command_on_every_recipe(recipe: str, memory: str, code: int, capsys: pytest.CaptureFixture[str],
                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan.Planner, "advice", lambda planner, settings: "ADVICE")  # its search is tested above
+    monkeypatch.setattr(planner.Planner, "advice", lambda planner, settings: "ADVICE")  # its search is tested above
     assert plan.main([recipe, "--gpus", "8", "--memory", memory]) == code
     out, err = capsys.readouterr()
     assert err == "" and "GB = 1e9 bytes" in out

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dopsd_fast import agreement
-from dopsd_fast.peers import Peer, started
+from dopsd_fast.distributed import consensus
+from dopsd_fast.distributed.lost_ranks import Peer, started
+from dopsd_fast.run import accounts
 from tests import tiny
 from tests.driving import (
     ROOT,
@@ -158,15 +159,15 @@ from pathlib import Path
 from dopsd_fast import peers
 from dopsd_fast.errors import UserError
 rank, folder, far = int(os.environ["RANK"]), Path(sys.argv[1]), sys.argv[2] == "far"
-peers.GRACE = 1.5
-peers.PERIOD = 60 if sys.argv[3] == "first ends last" else peers.PERIOD
+lost_ranks.GRACE = 1.5
+lost_ranks.PERIOD = 60 if sys.argv[3] == "first ends last" else lost_ranks.PERIOD
 if far:  # what a rank on another host looks like: no process of it here
-    peers.Peer.runs = None
-    inner = peers.Peer.me.__func__
-    peers.Peer.me = classmethod(lambda kind, rank: dataclasses.replace(inner(kind, rank), place=f"host {{rank}}"))
+    lost_ranks.Peer.runs = None
+    inner = lost_ranks.Peer.me.__func__
+    lost_ranks.Peer.me = classmethod(lambda kind, rank: dataclasses.replace(inner(kind, rank), place=f"host {{rank}}"))
 group.init_process_group("gloo")
 try:
-    with peers.Peers() as them:
+    with lost_ranks.RankWatch() as them:
         them.meet()
         them.register(folder)
         (folder / f"{{rank}}.here").touch()
@@ -302,7 +303,7 @@ def test_a_rank_that_reads_another_picture_is_refused(tmp_path):
 def test_accounts_differ_in_the_first_thing_that_differs():
     record = {"file": "a.png", "prompts": {"short_en": "a cat", "short_zh": "x"}, "bucket": [16, 16]}
     account = {"versions": {"torch": "2.13.0"}, "settings": {"train.seed": 0}, "records": {"0": record}}
-    assert agreement.describe(account, account, "rank 1", "rank 0") is None
+    assert consensus.describe(account, account, "rank 1", "rank 0") is None
     for section, name, value, text in (
         ("versions", "torch", "2.12.1", "rank 1 runs torch 2.12.1, rank 0 2.13.0"),
         ("settings", "train.seed", 1, "rank 1 has train.seed=1, rank 0 train.seed=0"),
@@ -312,7 +313,7 @@ def test_accounts_differ_in_the_first_thing_that_differs():
         ("records", "1", record, "rank 1 reads 2 records, rank 0 1"),
     ):
         mine = account | {section: account[section] | {name: value}}
-        found = agreement.describe(account, mine, "rank 1", "rank 0")
+        found = consensus.describe(account, mine, "rank 1", "rank 0")
         assert found and text in found[1]
 
 
@@ -320,12 +321,12 @@ def test_large_files_are_told_apart_by_samples(tmp_path):
     """Training changes nearly all of the bytes; a size and a beginning that differ are found wherever they are."""
     file, content = tmp_path / "model.safetensors", bytearray(random.Random(0).randbytes(3 << 20))
     file.write_bytes(content)
-    first = agreement.sampled_digest(file)
-    assert first == agreement.sampled_digest(file)
+    first = accounts.sampled_digest(file)
+    assert first == accounts.sampled_digest(file)
     trained = bytes(byte ^ 1 for byte in content[1 << 16 :])
     for changed in (content[: 1 << 16] + trained, b"x" + content[1:], content[:-1], content[:-1] + b"\0\0"):
         file.write_bytes(changed)
-        assert agreement.sampled_digest(file) != first
+        assert accounts.sampled_digest(file) != first
 
 
 def test_a_full_disk_on_one_rank_of_a_sharded_run(whole, tmp_path):

@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dopsd_fast.buckets import bucket_sizes, item_noise, item_seed, micro_batch, nearest_bucket, plan_epoch
+from dopsd_fast.data.buckets import bucket_sizes, nearest_bucket
+from dopsd_fast.data.epochs import epoch_batches, item_noise, item_seed, micro_batch
+from dopsd_fast.data.images import MAX_PIXELS, check_image, image_digest, load_image
+from dopsd_fast.data.records import Dataset, read_records
 from dopsd_fast.errors import UserError
-from dopsd_fast.images import MAX_PIXELS, check_image, image_digest, load_image
-from dopsd_fast.records import Dataset, read_records
-from dopsd_fast.settings import DataSettings
+from dopsd_fast.settings.schema import DataSettings
 
 CORGI = Path(__file__).resolve().parents[2] / "shared" / "data" / "dopsd-official"
 
@@ -395,7 +396,7 @@ def two_buckets(tmp_path):
 
 
 def test_epoch_shows_every_record_in_whole_batches_of_one_bucket(two_buckets):
-    batches = plan_epoch(two_buckets, epoch=0, seed=1, global_batch=2)
+    batches = epoch_batches(two_buckets, epoch=0, seed=1, global_batch=2)
     assert [len(batch) for batch in batches] == [2] * 5
     assert all(len({(item.height, item.width) for item in batch}) == 1 for batch in batches)
     items = [item for batch in batches for item in batch]
@@ -410,42 +411,42 @@ def test_epoch_shows_every_record_in_whole_batches_of_one_bucket(two_buckets):
 
 def test_small_set_wraps_round_with_new_repeats(tmp_path):
     dataset = read(write_set(tmp_path))
-    (batch,) = plan_epoch(dataset, 0, 0, 10)
+    (batch,) = epoch_batches(dataset, 0, 0, 10)
     assert {item.record for item in batch[:4]} == {item.record for item in batch[4:8]} == set(range(4))
     assert [item.repeat for item in batch] == [0] * 4 + [1] * 4 + [2] * 2
     dataset.repeats = 3
-    (batch,) = plan_epoch(dataset, 0, 0, 12)
+    (batch,) = epoch_batches(dataset, 0, 0, 12)
     assert {(item.record, item.repeat) for item in batch} == {(r, k) for r in range(4) for k in range(3)}
 
 
 def test_epochs_and_seeds_differ_and_repeat_themselves(two_buckets):
-    plan = plan_epoch(two_buckets, 3, 7, 4)
-    assert plan == plan_epoch(two_buckets, 3, 7, 4)
-    assert plan != plan_epoch(two_buckets, 4, 7, 4) and plan != plan_epoch(two_buckets, 3, 8, 4)
+    plan = epoch_batches(two_buckets, 3, 7, 4)
+    assert plan == epoch_batches(two_buckets, 3, 7, 4)
+    assert plan != epoch_batches(two_buckets, 4, 7, 4) and plan != epoch_batches(two_buckets, 3, 8, 4)
 
 
 def test_prompts_are_all_drawn_and_do_not_depend_on_the_batch(tmp_path):
     dataset = read(write_set(tmp_path))
     drawn = {}
     for global_batch in (1, 4):
-        items = [i for epoch in range(12) for batch in plan_epoch(dataset, epoch, 0, global_batch) for i in batch]
+        items = [i for epoch in range(12) for batch in epoch_batches(dataset, epoch, 0, global_batch) for i in batch]
         drawn[global_batch] = {(item.epoch, item.record, item.repeat): item.prompt_key for item in items}
     assert drawn[1] == drawn[4]
     assert set(drawn[1].values()) == {"short_en", "detailed_en"}
-    only = plan_epoch(dataset, 0, 0, 4, ["short_en"])
+    only = epoch_batches(dataset, 0, 0, 4, ["short_en"])
     assert {item.prompt_key for item in only[0]} == {"short_en"}
     with pytest.raises(UserError, match="data.prompt_keys"):
-        plan_epoch(dataset, 0, 0, 4, ["none"])
+        epoch_batches(dataset, 0, 0, 4, ["none"])
 
 
 def test_micro_batches_tile_the_global_batch(tmp_path):
-    (batch,) = plan_epoch(read(write_set(tmp_path)), 0, 0, 12)
+    (batch,) = epoch_batches(read(write_set(tmp_path)), 0, 0, 12)
     parts = [micro_batch(batch, a, rank, 3, 2) for a in range(2) for rank in range(3)]
     assert [item for part in parts for item in part] == batch
 
 
 def test_noise_is_a_function_of_seed_epoch_record_and_repeat(tmp_path):
-    (batch,) = plan_epoch(read(write_set(tmp_path)), 0, 0, 8)
+    (batch,) = epoch_batches(read(write_set(tmp_path)), 0, 0, 8)
     noise = [item_noise(5, item, (4, 6, 6)) for item in batch]
     assert noise[0].shape == (4, 6, 6) and noise[0].dtype == torch.float32
     assert torch.equal(noise[0], item_noise(5, batch[0], (4, 6, 6)))

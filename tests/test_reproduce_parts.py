@@ -23,7 +23,7 @@ from bench.reproduce.subjects import Embedded
 from dopsd_fast.errors import UserError
 from dopsd_fast.nano import measure, world
 from dopsd_fast.nano.build import load_judge
-from dopsd_fast.settings import load_settings
+from dopsd_fast.settings.load import load_settings
 
 # ---- measures and intervals ------------------------------------------------------------------------------------------------
 

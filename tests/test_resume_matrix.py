@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dopsd_fast import checkpoints
 from dopsd_fast.errors import UserError
-from dopsd_fast.run_folder import _check_same
-from dopsd_fast.settings import load_settings
+from dopsd_fast.run.folder import _check_same
+from dopsd_fast.settings.load import load_settings
+from dopsd_fast.storage import checkpoints
 from tests import ranks, resuming
 
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}

@@ -3,8 +3,9 @@
 import pytest
 
 from dopsd_fast.errors import UserError
-from dopsd_fast.settings import PACKAGE, RECIPES, Settings, help_text, load_settings, wants_help
-from dopsd_fast.settings_source import fields
+from dopsd_fast.settings.load import RECIPES, help_text, load_settings, wants_help
+from dopsd_fast.settings.schema import PACKAGE, Settings
+from dopsd_fast.settings.source import fields
 
 RECIPE_NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
 

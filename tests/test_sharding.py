@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from dopsd_fast.errors import UserError
-from dopsd_fast.settings import Settings
-from dopsd_fast.teacher import build_pair, lora_coverage
+from dopsd_fast.families.build import build_pair
+from dopsd_fast.pair.lora import lora_coverage
+from dopsd_fast.settings.schema import Settings
 from tests import ranks
 from tests.plain_steps import EPS, plain, tolerance
 from tests.tiny import shared
@@ -277,7 +278,6 @@ def test_coverage_on_the_meta_device() -> None:
 @pytest.mark.parametrize(("norm", "clip", "scale"), [(0.7, 1.0, 1.0), (4.0, 1.0, 0.25), (4.0, 0.0, 1.0), (0.2, 0.1, 0.5)])
 def test_stage_0_scales_only_gradients_that_are_too_large(norm, clip, scale):
     """1e-6 is added to the norm, as DeepSpeed does."""
-    from dopsd_fast.sharding import Engine
 
     grads = torch.tensor([0.6, 0.0]) * norm, torch.tensor([[0.8]]) * norm
     trained = [SimpleNamespace(student=SimpleNamespace(grad=grad)) for grad in grads]

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dopsd_fast.settings import load_settings
+from dopsd_fast.settings.load import load_settings
 from tests import tiny
 from tests.driving import TRAIN, command, data, numbers, python, rows, start, words
 

@@ -6,11 +6,12 @@ import shutil
 import pytest
 import torch
 
-from dopsd_fast import plan
 from dopsd_fast.errors import UserError
-from dopsd_fast.families import open_family
-from dopsd_fast.families.flux2 import KV_PIPELINE
-from dopsd_fast.settings import ConditioningSettings, load_settings
+from dopsd_fast.families.flux2.family import KV_PIPELINE
+from dopsd_fast.families.registry import open_family
+from dopsd_fast.memory import planner
+from dopsd_fast.settings.load import load_settings
+from dopsd_fast.settings.schema import ConditioningSettings
 from tests import tiny
 from tests.driving import data, start, words
 
@@ -118,7 +119,7 @@ def test_a_run_stops_before_anything_is_read_and_says_what_was_allowed(tmp_path)
     start(words(**short)).fail("model.path", "base checkpoint", "model.allow=base")
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="model.allow=base"):
-        plan.find_family(load_settings([f"model.path={folder}"]))
+        planner.find_family(load_settings([f"model.path={folder}"]))
 
     folder = variant(tmp_path / "again", "zimage", SCHEDULER, {"shift": 6.0})
     settings = dict(model__path=str(folder), data__path=str(data()), train__steps=1, sample__count=0, checkpoint__every=0)

@@ -11,14 +11,16 @@ import torch
 from PIL import Image, ImageChops, ImageDraw
 from safetensors.torch import load_file
 
-from dopsd_fast import convert, publish, telemetry
+from dopsd_fast import convert
 from dopsd_fast.conditioning.cache import ContextCache
+from dopsd_fast.data import contact_sheet
 from dopsd_fast.errors import UserError
-from dopsd_fast.families import open_family
-from dopsd_fast.memory_trace import published_family
-from dopsd_fast.settings import ConditioningSettings
-from dopsd_fast.showcase import Showcase, Shown
-from dopsd_fast.teacher import coverage_by_kind
+from dopsd_fast.families.published import published_family
+from dopsd_fast.families.registry import open_family
+from dopsd_fast.pair.lora import coverage_by_kind
+from dopsd_fast.run import verify_export
+from dopsd_fast.run.pictures import Showcase, Shown
+from dopsd_fast.settings.schema import ConditioningSettings
 from dopsd_kernels.adamw_ema_triton import join, split, untie_
 from tests import tiny
 from tests.driving import ROOT, data, start, words
@@ -31,7 +33,7 @@ CONDITIONING = ConditioningSettings(max_text_tokens=32, max_vlm_tokens=64)
 
 def fitted(text, width=400):
     draw = ImageDraw.Draw(Image.new("RGB", (width, 30)))
-    label = telemetry._fit(draw, text, width)
+    label = contact_sheet._fit(draw, text, width)
     assert draw.textlength(label) <= width
     return draw, label
 
@@ -57,12 +59,12 @@ def test_shortening_measures_few_pieces(monkeypatch):
     measured = []
     length = draw.textlength
     monkeypatch.setattr(draw, "textlength", lambda text: measured.append(len(text)) or length(text))
-    telemetry._fit(draw, "a red ball " * 100_000, 400)
+    contact_sheet._fit(draw, "a red ball " * 100_000, 400)
     assert len(measured) <= 12 and max(measured) <= 403
 
 
 def test_a_grid_of_captions_of_several_paragraphs():
-    plain, broken = (telemetry.compose(["target"], [(text, [Image.new("RGB", (8, 8))])]) for text in ("a b", "a\n\n\tb"))
+    plain, broken = (contact_sheet.compose(["target"], [(text, [Image.new("RGB", (8, 8))])]) for text in ("a b", "a\n\n\tb"))
     assert ImageChops.difference(plain, broken).getbbox() is None
 
 
@@ -79,7 +81,7 @@ SHORTAGES = [
 def showcase(tmp_path, decode, latent=lambda *given: torch.zeros(1), stage=2):
     said = []
     made = object.__new__(Showcase)
-    made.trainer = SimpleNamespace(
+    made.parts = SimpleNamespace(
         family=SimpleNamespace(decode=decode), engine=SimpleNamespace(stage=stage), device=torch.device("cpu"), rank=0,
         say=said.append, record=lambda index: None,
     )
@@ -141,7 +143,7 @@ def test_the_hint_samples_on_the_grid_of_the_run(tmp_path, kind, height, width):
         settings=SimpleNamespace(sample=SimpleNamespace(steps=0)),
         data=SimpleNamespace(records=[Shown("", None, height, width)]),
     )
-    lines = publish._how_to_sample(trainer)
+    lines = verify_export._how_to_sample(trainer)
     steps = family.deployment_steps
     assert f"num_inference_steps={steps}, sigmas=" in lines[-1]
     found = {}
@@ -233,11 +235,11 @@ def test_the_export_of_low_bits_is_the_live_weight(tmp_path):
     trainer = SimpleNamespace(
         engine=SimpleNamespace(full_tensors=lambda branch: ((name, tensor.clone()) for name, tensor in masters.items())),
         settings=SimpleNamespace(train=SimpleNamespace(masters="low_bits")), pair=SimpleNamespace(lora_config=None), rank=0,
-        family=family, agree=agree,
+        family=family, consensus=SimpleNamespace(agree=agree),
     )
     out = tmp_path / "export"
-    publish._export(trainer, "student", out)
-    publish._check_weights(trainer, "student", out)
+    verify_export._export(trainer, "student", out)
+    verify_export._check_weights(trainer, "student", out)
     stored = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(stored[name], tensor) for name, tensor in live.items())
 

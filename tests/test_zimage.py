@@ -16,9 +16,9 @@ from PIL import Image
 from transformers import Qwen3VLForConditionalGeneration
 
 from dopsd_fast.errors import UserError
-from dopsd_fast.families import open_family
-from dopsd_fast.sampling import rollout
-from dopsd_fast.settings import ConditioningSettings
+from dopsd_fast.families.registry import open_family
+from dopsd_fast.method.trajectory import rollout
+from dopsd_fast.settings.schema import ConditioningSettings
 from tests.tiny import make_tokenizer, make_vlm, shared
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -329,8 +329,8 @@ from functools import partial
 sys.path.insert(0, sys.argv[1])
 import torch
 from diffusers import ZImageTransformer2DModel
-from dopsd_fast.families import open_family
-from dopsd_fast.settings import ConditioningSettings
+from dopsd_fast.families.registry import open_family
+from dopsd_fast.settings.schema import ConditioningSettings
 
 def memory(field):
     return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1]) * 1024

@@ -41,11 +41,13 @@ from bench.peers.reference_eager import Condition, ReferenceEncoders
 from bench.results import Options, Row, failed
 from bench.show import step
 from dopsd_fast.conditioning.cache import ContextCache, Crop
-from dopsd_fast.conditioning.fingerprint import digest
-from dopsd_fast.families import Context, Family, open_family
-from dopsd_fast.images import load_image
-from dopsd_fast.records import read_records
-from dopsd_fast.settings import DataSettings
+from dopsd_fast.conditioning.context import Context
+from dopsd_fast.data.images import load_image
+from dopsd_fast.data.records import read_records
+from dopsd_fast.families.base import Family
+from dopsd_fast.families.registry import open_family
+from dopsd_fast.settings.schema import DataSettings
+from dopsd_fast.storage.digests import digest
 
 SUITE, CASE = "conditioning", "contexts"
 

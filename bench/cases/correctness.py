@@ -83,7 +83,7 @@ def velocities(kind: str, options: Options) -> tuple[dict[str, dict[str, float]]
         del step
     ours = OurStep(kind, work)
     with torch.no_grad():
-        forward = ours.pair.open(work.family, work.contexts(work.student), work.contexts(work.teacher), work.noise.shape)
+        forward = ours.pair.open(work.contexts(work.student), work.contexts(work.teacher), work.noise.shape)
         v_s, v_t = forward(work.noise, work.noise.new_full((work.batch,), time))
         assert v_t is not None
         results["ours"] = (v_s, v_t)

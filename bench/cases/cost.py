@@ -206,9 +206,10 @@ def _traced(step: ReferenceStep, call: Callable[..., Any]) -> Trace:
 
 
 def pair(kind: str, size: Size) -> Any:
-    """As `dopsd_fast.teacher.build_pair` makes it."""
-    from dopsd_fast.families.zimage_pair import ZImagePair
-    from dopsd_fast.teacher import STUDENT, TEACHER, Pair, add_adapters
+    """As `dopsd_fast.families.build.build_pair` makes it."""
+    from dopsd_fast.families.zimage.pair import ZImagePair
+    from dopsd_fast.pair.lora import add_adapters
+    from dopsd_fast.pair.student_teacher import STUDENT, TEACHER, Pair
 
     student = transformer(size).requires_grad_(False)
     config = teacher = None
@@ -228,7 +229,6 @@ def pair(kind: str, size: Size) -> Any:
 
 def engine(made: Any) -> Any:
     """The engine around `made` without DeepSpeed and its process group, as for one process and ZeRO stage 0."""
-    from dopsd_fast.sharding import Engine
     from dopsd_kernels.adamw_ema import AdamWEMA
 
     found = Engine.__new__(Engine)
@@ -249,7 +249,8 @@ def engine(made: Any) -> Any:
 
 
 def trace_ours(kind: str, size: Size) -> Trace:
-    from dopsd_fast.objective import DOPSD, StepInputs
+    from dopsd_fast.method.dopsd import DOPSD
+    from dopsd_fast.method.objective import StepInputs
 
     made, trace = pair(kind, size), Trace()
     running = engine(made)
@@ -260,7 +261,7 @@ def trace_ours(kind: str, size: Size) -> Trace:
     noise = torch.empty(LATENT, device="meta")
     contexts = [{"text": text(TEXT)}], [{"text": text(TEACHER_TEXT)}]
     with trace:
-        forward = made.open(None, *contexts, noise.shape)
+        forward = made.open(*contexts, noise.shape)
         DOPSD("x1").accumulate(StepInputs(noise, size.grid, forward), lambda loss: loss.backward())
         running.step(1e-4)
     return trace

@@ -40,7 +40,7 @@ from bench.machine import ceilings
 from bench.models import Model
 from bench.results import Options, Row, Status, failed
 from bench.show import step as say
-from dopsd_fast.teacher import TEACHER
+from dopsd_fast.pair.student_teacher import TEACHER
 
 SUITE = "forward"
 OTHERS = ("two_calls", "diffusers", "compiled")
@@ -80,7 +80,7 @@ class Ours(OurPair):
     def velocities(self) -> tuple[Velocities, Callable[[], None]]:
         """Both, and what is to be done after the backward pass of v_s."""
         work = self.work
-        forward = self.pair.open(work.family, work.contexts(work.student), work.contexts(work.teacher), work.noise.shape)
+        forward = self.pair.open(work.contexts(work.student), work.contexts(work.teacher), work.noise.shape)
         v_s, v_t = forward(work.noise, self.time())
         assert v_t is not None
         return (v_s, v_t), lambda: forward.finish(torch.Tensor.backward)
@@ -103,8 +103,8 @@ class Ours(OurPair):
 class TwoCalls(Ours):
     def velocities(self) -> tuple[Velocities, Callable[[], None]]:
         work, shape = self.work, self.work.noise.shape
-        v_t = self.pair.sampler(work.family, TEACHER, work.contexts(work.teacher), shape)(work.noise, self.time())
-        forward = self.pair.open(work.family, work.contexts(work.student), [], shape)
+        v_t = self.pair.sampler(TEACHER, work.contexts(work.teacher), shape)(work.noise, self.time())
+        forward = self.pair.open(work.contexts(work.student), [], shape)
         return (forward(work.noise, self.time())[0], v_t), lambda: forward.finish(torch.Tensor.backward)
 
 

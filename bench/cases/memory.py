@@ -51,11 +51,13 @@ from bench.peers.reference_eager import Condition
 from bench.results import Options, Row, Status, failed
 from bench.show import step as say
 from bench.show import tell_parent
-from dopsd_fast.memory_moments import Machine
-from dopsd_fast.memory_trace import LiveBytes, Shapes, on_meta, published_family
-from dopsd_fast.memory_trace import measure as trace
-from dopsd_fast.plan import make_plan
-from dopsd_fast.settings import Settings
+from dopsd_fast.conditioning.context import Shapes
+from dopsd_fast.families.published import published_family
+from dopsd_fast.memory.activations import LiveBytes, on_meta
+from dopsd_fast.memory.activations import measure as trace
+from dopsd_fast.memory.ledger import Machine
+from dopsd_fast.memory.planner import make_plan
+from dopsd_fast.settings.schema import Settings
 
 SUITE = "memory"
 POLICIES = ("keep", "selective", "recompute")

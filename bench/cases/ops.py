@@ -34,7 +34,7 @@ from bench.machine import ceilings
 from bench.models import WIDE, Model
 from bench.results import Options, Row, failed
 from bench.show import step
-from dopsd_fast.families.zimage_pair import PAD_MULTIPLE
+from dopsd_fast.families.zimage.pair import PAD_MULTIPLE
 from dopsd_kernels.attention import attention
 from dopsd_kernels.divergence_step import divergence_step, divergence_step_ref
 from dopsd_kernels.fp8_linear import Fp8Weight, fp8_linear

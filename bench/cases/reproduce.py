@@ -44,8 +44,8 @@ from bench.reproduce.resampling import Draws, Key, Sample, interval
 from bench.reproduce.runs import Plan
 from bench.reproduce.subjects import Embedded, Given
 from bench.results import Options, Row, failed
+from dopsd_fast.data.records import read_records
 from dopsd_fast.errors import UserError
-from dopsd_fast.records import read_records
 
 
 def run(options: Options, out: Path) -> list[Row]:

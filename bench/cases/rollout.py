@@ -34,8 +34,9 @@ from bench.clock import interleaved, ratios, summary
 from bench.peers.reference_eager import STRONGER, Condition, ReferenceStep
 from bench.results import Options, Row, Status, failed
 from bench.show import step as say
-from dopsd_fast.objective import StepInputs, make_objective
-from dopsd_fast.settings import Settings
+from dopsd_fast.method.objective import StepInputs
+from dopsd_fast.method.registry import make_objective
+from dopsd_fast.settings.schema import Settings
 
 SUITE = "rollout"
 MORE_STATES = 8
@@ -70,7 +71,7 @@ class OurPair(OurStep):
             "method": {"num_states": work.states, "weight": "v"},
             "adapter": {"kind": kind, **adapter},
         })  # fmt: skip
-        self.work, self.objective, self.engine = work, make_objective(settings), None  # type: ignore[assignment]
+        self.work, self.objective, self.engine = work, make_objective(settings.method), None  # type: ignore[assignment]
         self.pair = pair_on_device(work.model, settings)
         for trained in self.pair.trained():
             trained.student.grad_dtype = torch.float32
@@ -82,7 +83,7 @@ class OurPair(OurStep):
     def rollout(self, grid: Sequence[float]) -> Outcome:
         work = self.work
         student, teacher = work.contexts(work.student), work.contexts(work.teacher)
-        forward = self.pair.open(work.family, student, teacher, work.noise.shape)
+        forward = self.pair.open(student, teacher, work.noise.shape)
         report = self.objective.accumulate(StepInputs(work.noise, grid, forward), lambda loss: None)
         return report.loss, report.states[-1]
 

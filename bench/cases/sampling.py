@@ -29,9 +29,10 @@ from bench.models import Model
 from bench.peers.reference_eager import Condition, predict_noise_direction
 from bench.results import Options, Row, Status, failed
 from bench.show import step as say
-from dopsd_fast.sampling import rollout
-from dopsd_fast.settings import Settings
-from dopsd_fast.teacher import STUDENT, build_pair
+from dopsd_fast.families.build import build_pair
+from dopsd_fast.method.trajectory import rollout
+from dopsd_fast.pair.student_teacher import STUDENT
+from dopsd_fast.settings.schema import Settings
 
 SUITE, CASE = "rollout", "student"
 DEPLOYED_STATES = 8
@@ -50,7 +51,7 @@ class Ours:
 
     def sample(self, grid: Sequence[float]) -> Tensor:
         """x_K `[B, C, h, w]`, fp32."""
-        return rollout(self.pair.sampler(self.family, STUDENT, self.contexts, self.noise.shape), self.noise, grid)
+        return rollout(self.pair.sampler(STUDENT, self.contexts, self.noise.shape), self.noise, grid)
 
     def fell_back(self) -> str:
         facts = self.pair.describe()

@@ -23,14 +23,17 @@ from torch import Tensor
 from bench.models import Model
 from bench.peers.reference_eager import STRONGER, Adapter, Condition, ReferenceEncoders, ReferenceStep
 from bench.results import Options
+from dopsd_fast.conditioning.context import Context
+from dopsd_fast.data.images import load_image
+from dopsd_fast.data.records import read_records
+from dopsd_fast.distributed.registry import make_engine
 from dopsd_fast.errors import UserError
-from dopsd_fast.families import Context, Family
-from dopsd_fast.images import load_image
-from dopsd_fast.objective import StepInputs, make_objective
-from dopsd_fast.records import read_records
-from dopsd_fast.settings import DataSettings, Settings
-from dopsd_fast.sharding import Engine
-from dopsd_fast.teacher import Pair, build_pair
+from dopsd_fast.families.base import Family
+from dopsd_fast.families.build import build_pair
+from dopsd_fast.method.objective import StepInputs
+from dopsd_fast.method.registry import make_objective
+from dopsd_fast.pair.student_teacher import Pair
+from dopsd_fast.settings.schema import DataSettings, Settings
 from dopsd_kernels.adamw_ema import AdamWEMA
 from dopsd_kernels.triton_compat import HAS_TRITON
 
@@ -186,7 +189,7 @@ class OurStep:
             "adapter": {"kind": kind, **adapter},
             "deepspeed": {"stage": 0},
         })  # fmt: skip
-        self.work, self.objective = work, make_objective(settings)
+        self.work, self.objective = work, make_objective(settings.method)
         self.pair = pair_on_device(work.model, settings)
         if kind == "lora":
             for trained in self.pair.trained():
@@ -198,7 +201,7 @@ class OurStep:
         work = self.work
         with self.engine.accumulating():
             student, teacher = work.contexts(work.student), work.contexts(work.teacher)
-            forward = self.pair.open(work.family, student, teacher, work.noise.shape)
+            forward = self.pair.open(student, teacher, work.noise.shape)
             inputs = StepInputs(noise=work.noise, grid=work.grid, forward=forward)
             self.report = self.objective.accumulate(inputs, self.engine.backward)
 

@@ -60,7 +60,7 @@ COUNTS = {"gathers_per_step": "", "gathers_of_one_weight_per_step": "", "gathers
 """Metric -> unit."""
 SAME_LOSS = {"fp32": 1e-3, "bf16": 0.1}
 """Largest relative difference of the first loss from plain's that is rounding and no other work."""
-PRELOAD = ("deepspeed", "peft", "diffusers.models.transformers.transformer_z_image", "dopsd_fast.sharding",
+PRELOAD = ("deepspeed", "peft", "diffusers.models.transformers.transformer_z_image", "dopsd_fast.distributed.zero_engine",
            "bench.arrangements")  # fmt: skip
 SECONDS = 1200
 """Time that one arrangement's ranks have."""
@@ -228,8 +228,8 @@ def _spawn(call: partial[None], environment: dict[str, str], log: Path) -> int:
 
 def rank(folder: str, number: int) -> None:
     """This process as a rank of job `number`."""
-    from dopsd_fast.sharding import init_distributed
-    from dopsd_fast.telemetry import quiet_libraries
+    from dopsd_fast.distributed.process_group import init_distributed
+    from dopsd_fast.run.console import quiet_libraries
 
     quiet_libraries()
     job = json.loads((Path(folder) / "work.json").read_text())["jobs"][number]

@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import save_file
 
 from bench.peers.reference_eager import ReferenceEncoders, ReferenceStep
-from dopsd_fast.buckets import item_noise, plan_epoch
+from dopsd_fast.data.epochs import epoch_batches, item_noise
+from dopsd_fast.data.images import load_image
+from dopsd_fast.data.records import read_records
 from dopsd_fast.errors import UserError
-from dopsd_fast.families import open_family
-from dopsd_fast.images import load_image
-from dopsd_fast.records import read_records
-from dopsd_fast.settings import load_settings
+from dopsd_fast.families.registry import open_family
+from dopsd_fast.settings.load import load_settings
 
 
 def main(argv: Sequence[str]) -> int:
@@ -57,9 +57,9 @@ def train(run: Path, words: Sequence[str]) -> None:
     plan: tuple[int, list] = (-1, [])
     with (run / "metrics.jsonl").open("w") as log:
         for done in range(s.train.steps):
-            length = len(plan_epoch(data, 0, s.train.seed, s.train.batch_size, s.data.prompt_keys))
+            length = len(epoch_batches(data, 0, s.train.seed, s.train.batch_size, s.data.prompt_keys))
             if plan[0] != done // length:
-                plan = done // length, plan_epoch(data, done // length, s.train.seed, s.train.batch_size, s.data.prompt_keys)
+                plan = done // length, epoch_batches(data, done // length, s.train.seed, s.train.batch_size, s.data.prompt_keys)
             items = plan[1][done % length]
             for group in step.optimizer.param_groups:
                 group["lr"] = s.train.learning_rate * (1 + math.cos(math.pi * done / s.train.steps)) / 2

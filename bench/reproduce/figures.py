@@ -12,10 +12,10 @@ from PIL import Image
 from bench.reproduce.arms import ABLATIONS, NAMES, OURS, START, Arm
 from bench.reproduce.pictures import DOMAINS, FEW, KEPT, MANY, TEST_SEED, scenes_of
 from bench.reproduce.runs import Plan
+from dopsd_fast.data.contact_sheet import compose
 from dopsd_fast.nano import world
 from dopsd_fast.nano.measure import to_pictures
 from dopsd_fast.nano.report import images
-from dopsd_fast.telemetry import compose
 
 SHOWN = 6
 SIDE = 112

@@ -25,13 +25,14 @@ from PIL import Image
 from bench.reproduce.perceptual import Metrics, Scored
 from bench.reproduce.pictures import MANY, main, write
 from bench.reproduce.probes import Probe, read_probes
+from dopsd_fast.data.images import load_image
+from dopsd_fast.data.records import Dataset, read_records
 from dopsd_fast.errors import UserError
-from dopsd_fast.families import open_family
-from dopsd_fast.images import load_image
+from dopsd_fast.families.registry import open_family
+from dopsd_fast.method.trajectory import rollout
 from dopsd_fast.nano import report
-from dopsd_fast.records import Dataset, read_records
-from dopsd_fast.sampling import rollout
-from dopsd_fast.settings import DataSettings, Settings, load_settings
+from dopsd_fast.settings.load import load_settings
+from dopsd_fast.settings.schema import DataSettings, Settings
 
 MEASURES, VALIDATION = "measures.json", "validation.json"
 SEED = 31_000

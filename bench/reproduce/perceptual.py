@@ -27,8 +27,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bench.reproduce.probes import FILE, Answerer, Probe, has_head, read_probes
-from dopsd_fast import images
 from dopsd_fast.conditioning.text import load_pretrained, load_tokenizer, one_line
+from dopsd_fast.data import images
 from dopsd_fast.errors import UserError
 
 DINO = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convnext")

@@ -22,12 +22,13 @@ from bench.reproduce.arms import FULL
 from bench.reproduce.resampling import Moments, Sample
 from dopsd_fast import convert
 from dopsd_fast.errors import UserError
-from dopsd_fast.families import Family, open_family
+from dopsd_fast.families.base import Family
+from dopsd_fast.families.registry import open_family
 from dopsd_fast.nano import build, report, world
 from dopsd_fast.nano import judge as judging
 from dopsd_fast.nano.check import figures
 from dopsd_fast.nano.measure import ground_distances, patches, to_pictures
-from dopsd_fast.settings import load_settings
+from dopsd_fast.settings.load import load_settings
 
 DOMAINS = ("target", "original")
 FEW, MANY = 4, 32

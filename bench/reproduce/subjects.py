@@ -14,9 +14,10 @@ from typing import Any, ClassVar, Protocol
 from bench.reproduce.arms import Arm, Budget
 from bench.reproduce.pictures import ANCHORS, TARGETS, TARGETS_OF_FEW
 from dopsd_fast.errors import UserError
-from dopsd_fast.families import open_family
+from dopsd_fast.families.registry import open_family
 from dopsd_fast.nano import build, world
-from dopsd_fast.settings import Settings, load_settings
+from dopsd_fast.settings.load import load_settings
+from dopsd_fast.settings.schema import Settings
 
 SILENT = ("sample.every=0", "sample.count=0", "sample.prompts=[]")
 

@@ -46,7 +46,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
     A shard of a parameter is a parameter like any other, so ZeRO shards and offloads the average with the moments.
     `torch.optim.Optimizer.load_state_dict` would round `ema` and `master` of a bf16 parameter; use
-    dopsd_fast.checkpoints.
+    dopsd_fast.storage.checkpoints.
 
     `ema_backend`: "triton" (CUDA: one launch for all tensors of the same dtypes), "native" (dopsd_kernels._native, CPU; one
     pass over memory, the same bits for any number of threads) or "torch", as used by the last step, or as it would be for
