@@ -47,7 +47,7 @@ print(json.dumps([asdict(cubins.resources(*job)) for job in jobs]))
 @pytest.fixture(scope="module")
 def compiled() -> list[Resources]:
     whole = cubins.in_own_process(WHOLE, workers=min(2, os.cpu_count() or 1))
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"DOPSD_TRITON": "1"}
     command = [sys.executable, "-c", NAMED, json.dumps(ENDS), json.dumps([case.name for _, case in ends()])]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     return whole + [Resources(**row) for row in json.loads(done.stdout)]
