@@ -12,13 +12,13 @@ are all files, none of them large. A second call with --parts and the same DIR a
 with more measurements stays.
 
 What it needs is listed in bench/needed.py; where something of it is missing, it says so and ends at once with status 2.
-DeepSpeed is used if it is there (else its part at stage 0 is done here, and rows say "fallback"), so is flash-attn; matplotlib
-and jinja2 are for report.html. Nothing is built: on a GPU the kernels are Triton's. On a machine without a network that has
+flash-attn is used if it is there; stage 0, which is all that runs here, needs no DeepSpeed; matplotlib and jinja2 are for
+report.html. Nothing is built: on a GPU the kernels are Triton's. On a machine without a network that has
 Python 3.12, torch 2.11, Triton 3.6, transformers and PEFT, bring wheels, made elsewhere by
 
     python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 \
         --platform manylinux_2_28_x86_64 -c constraints.txt -d wheels \
-        pydantic pydantic-core annotated-types typing-inspection typing-extensions diffusers hjson
+        pydantic pydantic-core annotated-types typing-inspection typing-extensions diffusers hjson tomli-w
     DS_BUILD_OPS=0 python -m pip wheel --no-deps --no-build-isolation -c constraints.txt -w wheels deepspeed  # has no wheel
 
 and there, in a copy of this repository:

@@ -13,7 +13,8 @@ from importlib.metadata import requires, version
 
 import pytest
 
-from bench import full_size, needed, plots
+from bench import full_size, needed
+from bench.report import plots
 from bench.results import ROOT, Row, read_results, write_results
 from tests.test_bench_step import SMALL, changed_script
 

@@ -361,8 +361,8 @@ def test_options(full, lora, tmp_path, capsys):
 def test_more_files_than_can_be_open():
     shard = safetensors_layout.Shard.of("x", [(str(i), "BF16", [10]) for i in range(600)], {})
     with pytest.raises(convert.UserError, match="make 600 files, more than 500"):
-        safetensors_layout.arrange([shard], max_bytes=20)
-    assert [len(part.entries) for part in safetensors_layout.arrange([shard], max_bytes=40)] == [2] * 300
+        pipeline.arrange([shard], max_bytes=20)
+    assert [len(part.entries) for part in pipeline.arrange([shard], max_bytes=40)] == [2] * 300
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------------

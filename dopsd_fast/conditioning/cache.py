@@ -156,7 +156,7 @@ class ContextCache:
 
     def _compute(self, request: Request) -> Context:
         if self._encoders is None:
-            self._encoders = Encoders(self.family, torch.device(self.device), self.dtype)
+            self._encoders = self.family.load_encoders(self.device, self.dtype)
         pictures = [load_image(*crop) for crop in request.crops]
         if request.kind == "student":
             return self._encoders.student([request.prompt])[0]
