@@ -352,7 +352,6 @@ def interrupted(rig: Rig) -> None:
 
 def agreement(rig: Rig) -> None:
     engine = rig.engine
-    engine.barrier()
     rig.numbers["any"] = [engine.any(False), engine.any(engine.rank == engine.world - 1)]
     rig.numbers["ints"] = engine.gather_int(10 + engine.rank)
     rig.numbers["mean"] = engine.mean([float(engine.rank), 1.0])

@@ -173,8 +173,10 @@ def test_the_lines_of_a_run(tmp_path):
     """Coverage by kind on the first screen, a bar while contexts are computed, how far the EMA has gone; with masters as low
     bits, the export draws the live model's picture."""
     settings = dict(adapter__kind="lora", train__precision="bf16", train__masters="low_bits", deepspeed__stage=0,
+                    deepspeed__config__steps_per_print=5,
                     data__path=str(data()), train__steps=2, teacher__ema_decay=0.75, checkpoint__every=0)
     job = start(words(**settings, output__dir=str(tmp_path / "run"))).succeed()
+    assert "left out  deepspeed.config: ZeRO stage 0 runs without DeepSpeed" in job.out
     layers = 4  # 2 main ones and one refiner of each kind
     assert f"on attention {4 * layers} of {4 * layers}, feed-forward {3 * layers} of {3 * layers}" in job.out
     assert re.search(r"conditioning: 100%.*\b(\d+)/\1\b", job.err)

@@ -39,7 +39,7 @@ class Engine(ABC):
         """Raises ValueError where an EMA is to be kept and the pair has no teacher to keep it in."""
         self.pair, self.ranks = pair, ranks
         self.rank, self.world, self.device = ranks.rank, ranks.world, ranks.device
-        self.barrier, self.any, self.gather_int, self.mean = ranks.barrier, ranks.any, ranks.gather_int, ranks.mean
+        self.any, self.gather_int, self.mean = ranks.any, ranks.gather_int, ranks.mean
         self._clip = float(train.grad_clip)
         self._trained = pair.trained()
         for trained in self._trained:

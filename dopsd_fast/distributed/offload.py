@@ -40,27 +40,11 @@ def take_pinning(config: dict[str, Any]) -> bool:
     return pinned
 
 
-def attach(
-    zero: Any,
-    optimizer: AdamWEMA,
-    flats: Sequence[Tensor],
-    fragments: Sequence[Fragment],
-    teacher_flats: Sequence[Tensor],
-    ranks: Ranks,
-    pinned: bool = False,
-) -> Offload | None:
-    """Takes over the step of `zero`, a newly made DeepSpeed optimizer that keeps ours in CPU memory. Returns None, and changes
-    nothing, where `zero` does not offload to CPU memory, or where DeepSpeed's NVMe or ZenFlow step must run.
-
-    flats: the tensors that `optimizer` steps on this rank.
-    fragments: which of their elements belong to which trained tensor; empty where no EMA is kept.
-    teacher_flats: at ZeRO 1 and 2, the teacher's weights laid out as the student's.
-    pinned: pin the gradients' memory, on CUDA. Raises UserError where the system does not pin that much."""
-    if not getattr(zero, "offload_optimizer", getattr(zero, "cpu_offload", False)):
-        return None
-    if getattr(zero, "swap_optimizer", False) or getattr(zero, "zenflow", False):
-        return None  # NVMe and ZenFlow need DeepSpeed's own step
-    return Offload(zero, optimizer, flats, fragments, teacher_flats, ranks, pinned)
+def offloads(zero: Any) -> bool:
+    """Whether `zero`, a newly made DeepSpeed optimizer, keeps ours in CPU memory, so that `Offload` can take over its step.
+    False where DeepSpeed's NVMe or ZenFlow step must run."""
+    in_cpu_memory = getattr(zero, "offload_optimizer", getattr(zero, "cpu_offload", False))
+    return bool(in_cpu_memory) and not getattr(zero, "swap_optimizer", False) and not getattr(zero, "zenflow", False)
 
 
 def host_bytes(numel: int, itemsize: int, ema: bool = True, part: int = PART) -> dict[str, int]:
@@ -75,7 +59,13 @@ class Offload:
     calling them in its own order.
 
     The numbers are those of DeepSpeed's step followed by a cast of the average, bit for bit. When DeepSpeed's engine has
-    stepped, this rank's shards of student and teacher are written; the caller gathers them. Arguments: see `attach`.
+    stepped, this rank's shards of student and teacher are written; the caller gathers them.
+
+    zero: a DeepSpeed optimizer that `offloads`.
+    flats: the tensors that `optimizer` steps on this rank.
+    fragments: which of their elements belong to which trained tensor; empty where no EMA is kept.
+    teacher_flats: at ZeRO 1 and 2, the teacher's weights laid out as the student's.
+    pinned: pin the gradients' memory, on CUDA. Raises UserError where the system does not pin that much.
     """
 
     def __init__(

@@ -71,15 +71,17 @@ class PlainEngine(Engine):
     def _reduce(self, gradients: Sequence[Tensor]) -> None:
         """Replaces each gradient by its mean over the ranks."""
         bucket: list[Tensor] = []
+        size = 0
         for i, gradient in enumerate(gradients):
             bucket.append(gradient)
-            if i + 1 == len(gradients) or sum(g.numel() for g in bucket) > BUCKET:
+            size += gradient.numel()
+            if i + 1 == len(gradients) or size > BUCKET:
                 flat = torch.cat([g.reshape(-1) for g in bucket])
                 torch.distributed.all_reduce(flat)
                 flat.mul_(1.0 / self.world)
                 for g, part in zip(bucket, flat.split([g.numel() for g in bucket])):
                     g.copy_(part.view(g.shape))
-                bucket = []
+                bucket, size = [], 0
 
     def _clip_gradients(self) -> float:
         """Returns the gradients' global norm, and tells the optimizer to multiply each gradient by clip / (norm + 1e-6) where

@@ -19,10 +19,6 @@ class Ranks:
     local_rank: int
     device: torch.device
 
-    def barrier(self) -> None:
-        """Returns when every rank is here. Unlike torch.distributed.barrier, it needs no guess at the device."""
-        self.gather_int(0)
-
     def any(self, flag: bool) -> bool:
         """True on every rank when `flag` is true on at least one."""
         return any(self.gather_int(int(flag)))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dopsd_fast.distributed.engine import Engine
 from dopsd_fast.distributed.fetching import Fetcher, Holder, Reducer, give_zeros, sharded_parameters
 from dopsd_fast.distributed.fragments import Fragment
-from dopsd_fast.distributed.offload import attach, take_pinning
+from dopsd_fast.distributed.offload import Offload, offloads, take_pinning
 from dopsd_fast.distributed.process_group import Ranks
 from dopsd_fast.errors import UserError
 from dopsd_fast.pair.passes import Turns
@@ -61,15 +61,11 @@ class ZeroEngine(Engine):
         for flat in self._flats():
             self.optimizer.init_state(flat, self.keeps_ema)
         self._teacher_flats = self._flatten_teacher() if self.stage < 3 and self.keeps_ema else []
-        self.offload = attach(
-            self._zero,
-            self.optimizer,
-            list(self._flats()),
-            self._fragments if self.keeps_ema else [],
-            self._teacher_flats,
-            ranks,
-            pinned,
-        )
+        self.offload: Offload | None = None
+        if offloads(self._zero):
+            averaged = self._fragments if self.keeps_ema else []
+            flats = list(self._flats())
+            self.offload = Offload(self._zero, self.optimizer, flats, averaged, self._teacher_flats, ranks, pinned)
         if self.optimizer.rounds:
             self._refresh_teacher()
 
