@@ -357,6 +357,31 @@ def agreement(rig: Rig) -> None:
     rig.numbers["mean"] = engine.mean([float(engine.rank), 1.0])
 
 
+def as_deepspeed_sums(rig: Rig) -> None:
+    """The gradients of one micro-batch by our stage 0, and by a DeepSpeed engine of stage 0 around the same student."""
+    import deepspeed
+
+    x, contexts, _ = next(micro_batches(rig.family, rig.settings, rig.engine.rank, rig.engine.world, 0))
+
+    def loss() -> torch.Tensor:
+        return rig.pair.student_velocity(x, torch.zeros(len(x)), contexts).square().mean()
+
+    def keep(prefix: str) -> None:
+        for name, parameter in rig.pair.student.named_parameters():
+            rig.tensors[f"{prefix}/{name}"] = parameter.grad.clone()
+            parameter.grad = None
+
+    with rig.engine.accumulating():
+        rig.engine.backward(loss())
+    keep("ours")
+    config = {"train_micro_batch_size_per_gpu": rig.settings.train.batch_size, "zero_optimization": {"stage": 0}}
+    optimizer = torch.optim.SGD(rig.pair.student.parameters())
+    theirs = deepspeed.initialize(model=rig.pair.student, optimizer=optimizer, config=config)[0]
+    theirs.backward(loss())
+    keep("theirs")
+    theirs.destroy()
+
+
 def save_and_go_on(rig: Rig) -> None:
     """Two steps, a checkpoint, two more; then a second engine that starts from the checkpoint."""
     from dopsd_fast.storage import checkpoints

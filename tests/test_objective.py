@@ -423,5 +423,7 @@ def test_make_objective_reads_the_method():
     pso = make_objective(SimpleNamespace(name="pso", beta=7.0, pairs="offline"))
     assert (pso.beta, pso.drawn_by, pso.teacher_sees) == (7.0, "teacher", "text") and pso.needs_latents and pso.draws
     assert [one.states(4) for one in (on, sft, shown, pso)] == [4, 1, 5, 6]
+    assert [one.trained_states(4) for one in (on, off, sft, shown, pso)] == [4, 4, 1, 1, 1]
+    assert [one.per_state for one in (on, off, sft, shown, pso)] == [True, False, True, True, True]
     with pytest.raises(ValueError, match="method.name"):
         make_objective(SimpleNamespace(name="dpo"))

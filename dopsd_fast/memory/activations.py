@@ -150,9 +150,9 @@ def measure(family: Family, settings: Settings, shapes: Shapes, gather: str | No
     pair = meta_pair(family, settings)
     pair.gather = gather
     bodies = kind == "cpu" and not native_ops.usable(torch.empty(1, dtype=next(pair.parameters()).dtype))
-    dopsd = settings.method.name == "dopsd"
-    states = settings.method.num_states if dopsd else 1
-    if states == 1 or (gather != "sweep" and not (dopsd and settings.method.backward == "k_graphs")):
+    objective = make_objective(settings.method)
+    states = objective.trained_states(settings.method.num_states)
+    if states == 1 or (gather != "sweep" and objective.per_state):
         return Activations(*_states(family, settings, shapes, pair, min(states, 2), bodies))
     one, two = (_states(family, settings, shapes, pair, count, bodies) for count in (1, 2))
     return Activations(*(a + (states - 1) * (b - a) for a, b in zip(one, two)))

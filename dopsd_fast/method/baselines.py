@@ -21,7 +21,7 @@ class SFT:
     paper's ablation "SFT on teacher samples"), and the noise of x_t is `inputs.second_noise`.
     """
 
-    needs_times = True
+    needs_times = per_state = True
     teacher_sees: Literal["image", "text"] = "image"
 
     def __init__(self, targets: Literal["data", "teacher"] = "data") -> None:
@@ -30,6 +30,9 @@ class SFT:
 
     def states(self, num_states: int) -> int:
         return num_states + 1 if self.draws else 1
+
+    def trained_states(self, num_states: int) -> int:
+        return 1
 
     def describe(self) -> str:
         return f"targets from the {'teacher' if self.draws else 'data'}"
@@ -61,7 +64,7 @@ class PSO:
     `inputs.noise`; `offline`, the reference does. `beta` has the paper's number of steps in it and no unit.
     """
 
-    needs_latents = needs_times = needs_teacher = draws = True
+    needs_latents = needs_times = needs_teacher = draws = per_state = True
     teacher_sees: Literal["image", "text"] = "text"
 
     def __init__(self, beta: float = 100.0, pairs: Literal["online", "offline"] = "online") -> None:
@@ -70,6 +73,9 @@ class PSO:
 
     def states(self, num_states: int) -> int:
         return num_states + 2
+
+    def trained_states(self, num_states: int) -> int:
+        return 1
 
     def describe(self) -> str:
         pairs = "online" if self.drawn_by == "student" else "offline"

@@ -44,6 +44,8 @@ class DOPSD:
     def states(self, num_states: int) -> int:
         return num_states
 
+    trained_states = states
+
     def describe(self) -> str:
         states = "on_policy" if self.on_policy else "off_policy"
         return f"{states}, {'per_state' if self.per_state else 'k_graphs'}, weight {self.weight}"

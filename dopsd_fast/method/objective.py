@@ -79,15 +79,20 @@ class StepReport:
 class Objective(Protocol):
     """What the trainer relies on. `needs_latents`: StepInputs.latents must be given; `needs_times`: .times; `draws`:
     .second_noise; `needs_teacher`: `forward` must have one, `teacher_sees` the target's image and its text, or the text alone.
-    `states(K)`: at how many states the models are called in a micro-batch."""
+    `states(K)`: at how many states the models are called in a micro-batch; `trained_states(K)`: at how many of the grid's times
+    gradients flow. `per_state`: the gradient of one time is finished before the next one's graph begins, so that one graph at a
+    time is held. The planner measures a step's memory by these two."""
 
     needs_latents: bool
     needs_times: bool
     needs_teacher: bool
     teacher_sees: Literal["image", "text"]
     draws: bool
+    per_state: bool
 
     def states(self, num_states: int) -> int: ...
+
+    def trained_states(self, num_states: int) -> int: ...
 
     def describe(self) -> str:
         """What was chosen of it, for the first screen."""
