@@ -187,8 +187,8 @@ def test_weights_gathered_in_8_bits(gather: str) -> None:
 
 
 def test_stage_0_sums_as_deepspeeds() -> None:
-    """Bit for bit: with more than two ranks the order of a sum depends on where in the collective a gradient lies, so gradients in
-    the reverse order give other bits."""
+    """Bit for bit: with more than two ranks the order of a sum depends on where in the collective a gradient lies, so that
+    gradients in the reverse order give other bits."""
     found = run(4, [case("sums", 4, "", 0) | {"do": "as_deepspeed_sums"}])["sums"].tensors
     ours = {key.removeprefix("ours/"): tensor for key, tensor in found.items() if key.startswith("ours/")}
     assert len(ours) == 17 and len(found) == 2 * len(ours)
