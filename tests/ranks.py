@@ -23,6 +23,7 @@ from torch import nn
 
 from dopsd_fast.settings.schema import Settings
 from tests import driving
+from tests.tiny import engine_of, pair_of
 
 GLOBAL_BATCH = 8
 STEPS = 3
@@ -152,10 +153,9 @@ def make_settings(case: dict[str, Any], world: int) -> Settings:
 
 
 def make_pair(case: dict[str, Any], settings: Settings):
-    from dopsd_fast.families.build import build_pair
 
     family = RealFamily(case["model"]) if "model" in case else Family()
-    pair = build_pair(family, settings, torch.bfloat16 if settings.train.precision == "bf16" else torch.float32)
+    pair = pair_of(family, settings, torch.bfloat16 if settings.train.precision == "bf16" else torch.float32)
     for trained in pair.trained():  # B = 0 would hide errors of the teacher's adapter behind it
         if "lora_B" in trained.name:
             with torch.random.fork_rng():
@@ -218,7 +218,6 @@ class Rig:
 
     def __init__(self, case: dict[str, Any]) -> None:
         from dopsd_fast.distributed.process_group import init_distributed
-        from dopsd_fast.distributed.registry import make_engine
 
         self.case = case
         if case.get("quantizer"):
@@ -226,7 +225,7 @@ class Rig:
         ranks = init_distributed()
         self.settings = make_settings(case, ranks.world)
         self.family, self.pair = make_pair(case, self.settings)
-        self.engine = make_engine(self.pair, self.settings)
+        self.engine = engine_of(self.pair, self.settings)
         self.numbers: dict[str, Any] = {}
         self.tensors: dict[str, torch.Tensor] = {}
 

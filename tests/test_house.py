@@ -82,6 +82,19 @@ def test_there_is_no_circle():
         visit(module, ())
 
 
+def test_below_the_planner_rooms_take_sections_of_the_settings():
+    """Whoever takes the whole `Settings` depends on all of it. The planner asks what other settings would fit, the loop keeps
+    them, and the check of DeepSpeed's fields compares these with all sections."""
+    whole = {"settings", "memory", "run", "nano", "train", "plan", "convert"}
+    takers = set()
+    for module, file in modules().items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and "Settings" in {alias.name for alias in node.names}:
+                takers.add(module)
+    assert "dopsd_fast.run.trainer" in takers  # the walk finds them
+    assert {module for module in takers if room(module) not in whole} == {"dopsd_fast.distributed.deepspeed_check"}
+
+
 @pytest.mark.parametrize("name", names.FAMILIES)
 def test_a_familys_names_are_those_of_its_class(name):
     family = family_class(name)

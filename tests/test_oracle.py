@@ -23,12 +23,12 @@ import torch
 
 from bench.references import reference_eager as reference
 from bench.references.float64 import wide
-from dopsd_fast.families.build import build_pair
 from dopsd_fast.families.registry import open_family
 from dopsd_fast.method.dopsd import DOPSD
 from dopsd_fast.method.objective import StepInputs
 from dopsd_fast.settings.schema import Settings
 from tests import tiny
+from tests.tiny import pair_of
 
 SIGMAS = [1.0, 0.9, 0.75, 0.5, 0.0]  # K = 4, shift 3, by hand
 FLOOR = 16
@@ -123,7 +123,7 @@ class OurStep:
         settings = Settings(train={"activations": activations}, adapter={"kind": kind, "rank": RANK, "alpha": ALPHA},
                             backbone=backbone)
         self.family = open_family(tiny.shared(family), settings.conditioning)
-        self.pair = build_pair(self.family, settings, dtype)
+        self.pair = pair_of(self.family, settings, dtype)
         # The reference keeps PEFT's names; this program's stock names leave the adapter's name out.
         names = {id(parameter): name for name, parameter in self.pair.student.named_parameters()}
         self.student = {names[id(entry.student)]: entry.student for entry in self.pair.trained()}

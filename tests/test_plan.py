@@ -123,10 +123,9 @@ def forget_peak() -> None:
 
 def measured_peak(case: dict[str, Any], layers: int) -> int:
     """Bytes by which the resident set grows during two steps, from before the model is built."""
-    from dopsd_fast.distributed.registry import make_engine
-    from dopsd_fast.families.build import build_pair
     from dopsd_fast.method.objective import StepInputs
     from dopsd_fast.method.registry import make_objective
+    from tests.tiny import engine_of, pair_of
 
     settings, family = settings_of(case), RandomZImage(layers)
     gc.collect()
@@ -134,8 +133,8 @@ def measured_peak(case: dict[str, Any], layers: int) -> int:
     before = resident("VmRSS")
     forget_peak()
     dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
-    pair = build_pair(family, settings, dtype)  # type: ignore[arg-type]
-    engine = make_engine(pair, settings)
+    pair = pair_of(family, settings, dtype)
+    engine = engine_of(pair, settings)
     batch, shapes = settings.train.batch_size, SHAPES[settings.train.precision]
     for _ in range(2):
         with engine.accumulating():
@@ -235,7 +234,7 @@ def test_activations_of_full_size_are_those_counted_by_hand() -> None:
 
     settings = load_settings(["zimage_turbo_full", "train.accumulation=1"])
     family = published_family("zimage", settings.conditioning)
-    shapes = largest_shapes(family, settings)
+    shapes = largest_shapes(family, settings.data.resolution)
     assert shapes.latent == (16, 128, 128) and shapes.student == {"text": (512, 2560)}
     assert shapes.teacher == {"text": (992, 2560)}  # 1024 asked for, 992 are the most that the model takes
     found = measure(family, settings, shapes, None)

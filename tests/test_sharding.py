@@ -13,12 +13,11 @@ import pytest
 import torch
 
 from dopsd_fast.errors import UserError
-from dopsd_fast.families.build import build_pair
 from dopsd_fast.pair.lora import lora_coverage
 from dopsd_fast.settings.schema import Settings
 from tests import ranks
 from tests.plain_steps import EPS, plain, tolerance
-from tests.tiny import shared
+from tests.tiny import pair_of, shared
 
 ALL_PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
@@ -219,7 +218,7 @@ def lora_settings(**changes) -> Settings:
 
 def test_teacher_starts_equal_and_frozen() -> None:
     for adapter in ("full", "lora"):
-        pair = build_pair(ranks.Family(), lora_settings(adapter=adapter), torch.float32)
+        pair = pair_of(ranks.Family(), lora_settings(adapter=adapter), torch.float32)
         trained = pair.trained()
         assert trained and all(torch.equal(t.student, t.teacher) for t in trained)
         assert all(t.student.requires_grad and not t.teacher.requires_grad for t in trained)
@@ -230,9 +229,9 @@ def test_teacher_starts_equal_and_frozen() -> None:
 def test_adapter_is_gaussian_and_seeded() -> None:
     settings = lora_settings()
     settings.adapter.rank = 64
-    first, second = (build_pair(ranks.Family(), settings, torch.float32).trained() for _ in range(2))
+    first, second = (pair_of(ranks.Family(), settings, torch.float32).trained() for _ in range(2))
     settings.train.seed = 1
-    other = build_pair(ranks.Family(), settings, torch.float32).trained()
+    other = pair_of(ranks.Family(), settings, torch.float32).trained()
     for a, b, c in zip(first, second, other):
         assert torch.equal(a.student, b.student)
         if "lora_A" in a.name:
@@ -262,7 +261,7 @@ def test_targets_that_match_nothing() -> None:
     settings = lora_settings()
     settings.adapter.targets = ["to_q", "ff.net.0.proj", "q"]
     with pytest.raises(UserError, match=r"ff\.net\.0\.proj, q match no .*matched: to_q \(2\).*end in: .*w1") as error:
-        build_pair(ranks.Family(), settings, torch.float32)
+        pair_of(ranks.Family(), settings, torch.float32)
     assert "\n" not in str(error.value)
 
 
@@ -272,7 +271,7 @@ def test_coverage_on_the_meta_device() -> None:
     assert lora_coverage(model, ["to_q", "blocks.0.w1", "x"]) == {"to_q": 2, "blocks.0.w1": 1, "x": 0}
     family = SimpleNamespace(load_transformer=lambda dtype: model, lora_targets=("to_q", "w1"), pair_forward=lambda *_: None,
                              velocity=None)
-    pair = build_pair(family, lora_settings(), torch.bfloat16)
+    pair = pair_of(family, lora_settings(), torch.bfloat16)
     assert len(pair.trained()) == 8 and all(t.student.is_meta for t in pair.trained())
 
 

@@ -12,7 +12,6 @@ from dopsd_fast.distributed.plain_engine import PlainEngine
 from dopsd_fast.distributed.process_group import Ranks
 from dopsd_fast.errors import UserError
 from dopsd_fast.families.base import Family
-from dopsd_fast.families.build import build_pair
 from dopsd_fast.families.registry import open_family
 from dopsd_fast.memory.ledger import Machine
 from dopsd_fast.memory.planner import make_plan
@@ -23,6 +22,7 @@ from dopsd_fast.pair.lora import coverage_by_kind
 from dopsd_fast.settings.load import load_settings
 from dopsd_fast.settings.names import FAMILIES, FamilyNames
 from tests.template_family import CHANNELS, SHIFT, WIDTH, TemplateFamily, make_template
+from tests.tiny import pair_of
 
 SIDE, LR, EPS, DECAY, CLIP = 8, 1e-2, 1e-3, 0.9, 0.5
 PROMPTS = ("a red ball", "a longer caption")
@@ -93,7 +93,7 @@ def plain_step(model: nn.Module, contexts) -> tuple[float, nn.Module, nn.Module]
 
 def our_step(family: Family, settings, contexts):
     """Loss and pair after one step of the trainer's own parts."""
-    pair = build_pair(family, settings, torch.float32)
+    pair = pair_of(family, settings, torch.float32)
     engine = PlainEngine(pair, settings.train, settings.teacher, Ranks(0, 1, 0, torch.device("cpu")))
     x = noise()
     grid = family.train_grid(settings.method.num_states, settings.method.shift, tuple(x.shape[1:]))
@@ -134,7 +134,7 @@ def test_a_lora_finds_what_the_family_names(family):
 
 @torch.no_grad()
 def test_a_trajectory_is_the_schedulers_own(family, folder, contexts):
-    pair, x = build_pair(family, settings_of(folder), torch.float32), noise()
+    pair, x = pair_of(family, settings_of(folder), torch.float32), noise()
     sampler = pair.sampler("student", contexts[0], x.shape)
     latents = rollout(sampler, x, family.sample_grid(0, tuple(x.shape[1:])))
     model = family.load_transformer(torch.float32)

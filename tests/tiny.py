@@ -11,9 +11,17 @@ import functools
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+
+from dopsd_fast.distributed.engine import Engine
+from dopsd_fast.distributed.registry import make_engine
+from dopsd_fast.families.build import build_pair
+from dopsd_fast.pair.student_teacher import Pair
+from dopsd_fast.settings.deepspeed_dict import deepspeed_config
+from dopsd_fast.settings.schema import Settings
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
@@ -45,6 +53,16 @@ CHAT_TEMPLATE = """\
         {{- '<think>\\n\\n</think>\\n\\n' }}
     {%- endif %}
 {%- endif %}"""
+
+
+def pair_of(family: Any, settings: Settings, dtype: torch.dtype) -> Pair:
+    """The pair that a trainer with these settings builds."""
+    return build_pair(family, settings.backbone, settings.adapter, settings.teacher, settings.train, dtype)
+
+
+def engine_of(pair: Pair, settings: Settings) -> Engine:
+    """The engine that a trainer with these settings makes."""
+    return make_engine(pair, settings.train, settings.teacher, settings.deepspeed, deepspeed_config(settings))
 
 
 def make_tokenizer(image_tokens: bool = True):

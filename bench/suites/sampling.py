@@ -25,8 +25,7 @@ from bench.live import say
 from bench.models import Model
 from bench.references.reference_eager import Condition, predict_noise_direction
 from bench.results import Options, Row, failed
-from bench.suites.workload import Cell, fallbacks
-from dopsd_fast.families.build import build_pair
+from bench.suites.workload import Cell, fallbacks, pair_on_device
 from dopsd_fast.method.trajectory import rollout
 from dopsd_fast.pair.student_teacher import STUDENT
 from dopsd_fast.settings.schema import Settings
@@ -44,7 +43,7 @@ class Ours:
         })
         self.family, self.noise = model.family, noise
         self.contexts = [{"text": text} for text in texts]
-        self.pair = build_pair(model.family, settings, model.dtype, model.device)
+        self.pair = pair_on_device(model, settings)
 
     def sample(self, grid: Sequence[float]) -> Tensor:
         """x_K `[B, C, h, w]`, fp32."""

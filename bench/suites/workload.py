@@ -168,7 +168,8 @@ def pair_on_device(model: Model, settings: Settings) -> Pair:
     """`build_pair`, the adapters drawn on the model's device: PEFT draws them on the default device and then moves them, which
     for the 952 matrices of Z-Image's two adapters keeps a GPU waiting for the CPU."""
     with model.device:
-        return build_pair(model.family, settings, model.dtype, model.device)
+        s, family = settings, model.family
+        return build_pair(family, s.backbone, s.adapter, s.teacher, s.train, model.dtype, model.device)
 
 
 MATRIX_PEERS = ("R1", "R4")

@@ -1,4 +1,4 @@
-"""The student and its teacher, built from a family and the settings."""
+"""The student and its teacher, built from a family and those sections of the settings that say how."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from dopsd_fast.families.base import Family
 from dopsd_fast.pair.contract import PairForward
 from dopsd_fast.pair.lora import add_adapters
 from dopsd_fast.pair.student_teacher import STUDENT, TEACHER, Pair
-from dopsd_fast.settings.schema import Settings, TrainSettings
+from dopsd_fast.settings.schema import AdapterSettings, TeacherSettings, TrainSettings
 from dopsd_kernels.fp8_linear import require_fp8
 
 
-def build_pair(family: Family, settings: Settings, dtype: torch.dtype, device: torch.device | str | None = None) -> Pair:
+def build_pair(
+    family: Family, backbone: str, adapter: AdapterSettings, teacher: TeacherSettings, train: TrainSettings, dtype: torch.dtype,
+    device: torch.device | str | None = None,
+) -> Pair:
     """Loads the student in `dtype` onto `device` (None: where the family loads it) and gives it its teacher there: initially
-    equal, bit for bit.
+    equal, bit for bit. `backbone`: the setting of that name.
 
     Raises UserError when an entry of `adapter.targets` matches no linear layer.
     """
@@ -26,24 +29,23 @@ def build_pair(family: Family, settings: Settings, dtype: torch.dtype, device: t
     if device is not None:
         student.to(device)
     student.requires_grad_(False)
-    kind = settings.teacher.kind
-    if settings.adapter.kind == "lora":
-        adapters = [STUDENT] if kind == "student" else [STUDENT, TEACHER]
-        targets = settings.adapter.targets or family.lora_targets
-        config = add_adapters(student, targets, settings.adapter.rank, settings.adapter.alpha, settings.train.seed, adapters)
-        teacher = None
+    average = None
+    if adapter.kind == "lora":
+        adapters = [STUDENT] if teacher.kind == "student" else [STUDENT, TEACHER]
+        targets = adapter.targets or family.lora_targets
+        config = add_adapters(student, targets, adapter.rank, adapter.alpha, train.seed, adapters)
         names = {STUDENT: STUDENT, TEACHER: adapters[-1]}
     else:
         config = None
-        teacher = None if kind == "student" else copy.deepcopy(student)
+        average = None if teacher.kind == "student" else copy.deepcopy(student)
         student.requires_grad_(True)
         names = {STUDENT: "", TEACHER: ""}
-    modules = {STUDENT: student, TEACHER: student if teacher is None else teacher}
-    pair = Pair(student, teacher, family.velocity, config, fuse(family, settings.backbone, settings.train, modules, names))
+    modules = {STUDENT: student, TEACHER: student if average is None else average}
+    pair = Pair(student, average, family.velocity, config, fuse(family, backbone, train, modules, names))
     for param in pair.parameters():
         if param.is_floating_point() and param.dtype != dtype:
             param.data = param.data.to(dtype)
-    if pair.fused is None and settings.train.activations == "recompute":
+    if pair.fused is None and train.activations == "recompute":
         student.enable_gradient_checkpointing()  # type: ignore[operator]
     return pair
 

@@ -119,10 +119,10 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None,
     )[0]
 
 
-def largest_shapes(family: Family, settings: Settings) -> Shapes:
-    """Returns the shapes with the most tokens that the settings allow: the largest bucket and the longest contexts. Raises
+def largest_shapes(family: Family, resolution: int) -> Shapes:
+    """Returns the shapes with the most tokens at `data.resolution`: the largest bucket and the longest contexts. Raises
     UserError for a size that the model cannot take."""
-    sizes = bucket_sizes(settings.data.resolution, family.pixel_multiple)
+    sizes = bucket_sizes(resolution, family.pixel_multiple)
     latent = family.latent_shape(*max(sizes, key=lambda size: size[0] * size[1]))
     return Shapes(latent, *family.largest_contexts(latent))
 
@@ -138,7 +138,7 @@ def meta_pair(family: Family, settings: Settings) -> Pair:
         load_transformer=lambda dtype: nn.Module.to(model, dtype).requires_grad_(True),
     )
     dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
-    return build_pair(without, settings, dtype)  # type: ignore[arg-type]
+    return build_pair(without, settings.backbone, settings.adapter, settings.teacher, settings.train, dtype)  # type: ignore[arg-type]
 
 
 def measure(family: Family, settings: Settings, shapes: Shapes, gather: str | None, kind: str = "cuda") -> Activations:

@@ -167,7 +167,7 @@ class Planner:
         sizes = self._of_model(settings)
         traced = settings.train
         wanted = ["shapes", settings.data.resolution, settings.conditioning]
-        shapes = self.shapes or self._once(wanted, lambda: largest_shapes(self.family, settings))
+        shapes = self.shapes or self._once(wanted, lambda: largest_shapes(self.family, settings.data.resolution))
         key = ["activations", machine.kind, shapes, settings.adapter, settings.method, settings.teacher.kind,
                settings.backbone, gather, traced.precision, traced.activations, traced.batch_size, traced.accumulation > 1,
                traced.fp8]

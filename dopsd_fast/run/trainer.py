@@ -39,6 +39,7 @@ from dopsd_fast.run.metrics import MetricsLog, Phases, peak_memory
 from dopsd_fast.run.parts import RunParts
 from dopsd_fast.run.pictures import Showcase
 from dopsd_fast.run.verify_export import export_and_verify
+from dopsd_fast.settings.deepspeed_dict import deepspeed_config
 from dopsd_fast.settings.schema import ConditioningSettings, Settings
 from dopsd_fast.storage import checkpoints
 
@@ -119,11 +120,12 @@ class Trainer:
 
         # The model, and the engine, which takes the model over.
         with together():
-            self.pair = build_pair(self.family, settings, self.dtype, self.device).to(self.device)
+            self.pair = build_pair(self.family, settings.backbone, settings.adapter, settings.teacher, settings.train,
+                                   self.dtype, self.device).to(self.device)
             parameters = sum(p.numel() for name, p in self.pair.student.named_parameters() if ".lora_" not in name)
         gather = {"gather": plan.gather} if plan.gather else {}
         planned = settings.model_copy(update={"deepspeed": settings.deepspeed.model_copy(update=gather)})
-        self.engine = make_engine(self.pair, planned)
+        self.engine = make_engine(self.pair, settings.train, settings.teacher, planned.deepspeed, deepspeed_config(planned))
         if found is not None:
             with together():
                 checkpoints.load(found, self.engine)
