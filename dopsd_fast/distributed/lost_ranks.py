@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from dopsd_fast.errors import AgreedError, UserError
+from dopsd_fast.storage.atomic import write_text
 
 PERIOD = 1.0
 """Seconds between two checks of the other ranks."""
@@ -185,9 +186,7 @@ class RankWatch:
 
     def _write(self, content: dict[str, Any]) -> None:
         assert self.folder is not None
-        part = self.folder / f"{self.rank:04}.json.part"
-        part.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        part.replace(self.folder / f"{self.rank:04}.json")
+        write_text(self.folder / f"{self.rank:04}.json", json.dumps(content) + "\n", flush=False)
 
     # ---- looking -----------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from dopsd_fast.nano import judge as judging
 from dopsd_fast.nano import world
 from dopsd_fast.nano.measure import to_pictures
+from dopsd_fast.storage.atomic import replacing
 
 GRID = (0.0, 0.1, 0.25, 0.5, 1.0)
 """Four steps at shift 3 (t = 0 is noise)."""
@@ -79,9 +80,8 @@ class Stage:
         for name, p in params.items():
             for key, value in optimizer.state[p].items():
                 tensors[f"{key}/{name}"] = value
-        part = file.with_suffix(".part")
-        save_file({k: v.clone() for k, v in tensors.items()}, part, metadata={"step": json.dumps(step)})
-        part.replace(file)
+        with replacing(file) as part:
+            save_file({k: v.clone() for k, v in tensors.items()}, part, metadata={"step": json.dumps(step)})
 
     def _load(self, file: Path, params, average, optimizer) -> int:
         from safetensors import safe_open

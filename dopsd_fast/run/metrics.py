@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from dopsd_fast.storage.atomic import write_text
+
 
 class MetricsLog:
     """Writes one row a step to `metrics.jsonl`, and the same scalars for TensorBoard.
@@ -26,9 +28,7 @@ class MetricsLog:
 
         self.path = folder / "metrics.jsonl"
         kept = [line for line in read_rows(self.path) if line["step"] <= start]
-        part = self.path.with_suffix(".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        part.replace(self.path)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.lines = open(self.path, "a", encoding="utf-8")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 

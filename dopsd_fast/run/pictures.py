@@ -19,6 +19,7 @@ from dopsd_fast.method.objective import shows_images
 from dopsd_fast.method.trajectory import rollout
 from dopsd_fast.run.metrics import free_memory, is_out_of_memory
 from dopsd_fast.run.parts import RunParts
+from dopsd_fast.storage.atomic import replacing
 
 HEADINGS = ("target", "before", "student now", "teacher now")
 
@@ -88,9 +89,8 @@ class Showcase:
             rows.append((shown.prompt, (target, before, student[i], teacher[i])))
         self.folder.mkdir(parents=True, exist_ok=True)
         self.last = self.folder / f"step-{step:06}.png"
-        part = self.last.with_suffix(".part")
-        compose(HEADINGS, rows).save(part, format="PNG")
-        part.replace(self.last)
+        with replacing(self.last, flush=False) as part:
+            compose(HEADINGS, rows).save(part, format="PNG")
 
     def pictures(self, branch: str) -> list[Image.Image | None]:
         """Returns one picture per row. A picture that does not fit the memory is None, and on ranks other than 0 all are."""

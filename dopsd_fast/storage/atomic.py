@@ -55,11 +55,24 @@ def _sync_file_system(folder: Path) -> None:
         os.close(handle)
 
 
-def write_text(file: Path, text: str) -> None:
-    """Replaces `file`, UTF-8, through `<file>.part`."""
+@contextmanager
+def replacing(file: Path, flush: bool = True) -> Iterator[Path]:
+    """`<file>.part`, which is to be written inside; at the end it takes the place of `file`, on an error it stays behind.
+
+    flush: what is written survives a crash of the machine, too; without, only the end of this process. Pictures and what is
+    told often do without, since a flush waits for the disk."""
     part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    replace(part, file)
+    yield part
+    if flush:
+        replace(part, file)
+    else:
+        os.replace(part, file)
+
+
+def write_text(file: Path, text: str, flush: bool = True) -> None:
+    """Replaces `file`, UTF-8, as `replacing` does."""
+    with replacing(file, flush) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def link_tree(source: Path, target: Path, skip: Path | None = None, skip_suffixes: Iterable[str] = ()) -> None:
