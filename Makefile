@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIN := -c constraints.txt
+# Of the tests: a core each, and at most 4, since each holds some 2 GB.
+WORKERS ?= logical --maxprocesses 4
 
 # The first interpreter that is new enough; `make PYTHON=/path/to/python3.12 ...` chooses another.
 ifndef PYTHON
@@ -30,10 +32,10 @@ demo: install
 	$(BIN)/python -m dopsd_fast.nano.report
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-fast: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --fast
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --fast
 
 faults: install
 	$(BIN)/python tests/faults/run.py

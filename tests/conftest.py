@@ -47,6 +47,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+# ---- order -----------------------------------------------------------------------------------------------------------
+
+LONGEST = ("test_reproduce", "test_same_numbers", "test_bench_step", "test_plan", "test_faults", "test_rank_faults",
+           "test_train", "test_bench_forward", "test_reproduce_given", "test_gathers", "test_baseline", "test_wheel", "test_nano")
+"""Files of tests that take longest, which begin first: workers that share the files then end at about the same time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 # ---- --fast ----------------------------------------------------------------------------------------------------------
 
 WHOLE = ("subprocess", "multiprocessing", "bench", "dopsd_fast.nano", "tests.driving", "tests.ranks")
