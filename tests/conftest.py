@@ -50,7 +50,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 # ---- order -----------------------------------------------------------------------------------------------------------
 
 LONGEST = ("test_reproduce", "test_same_numbers", "test_bench_step", "test_plan", "test_faults", "test_rank_faults",
-           "test_train", "test_bench_forward", "test_reproduce_given", "test_gathers", "test_baseline", "test_wheel", "test_nano")
+           "test_train", "test_bench_forward", "test_reproduce_given", "test_gathers", "test_baseline",
+           "test_wheel", "test_nano")
 """Files of tests that take longest, which begin first: workers that share the files then end at about the same time."""
 
 
