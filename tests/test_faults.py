@@ -64,9 +64,8 @@ def assert_continued(run: Path, reference: Path) -> None:
 # ---- SIGKILL -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks, kind, seed", [(1, "lora", 1), (2, "lora", 2)])
+@pytest.mark.parametrize("ranks, kind, seed", [(1, "full", 0), (1, "lora", 1), (2, "lora", 2)])
 def test_killed_at_random_moments(ranks, kind, seed, whole, tmp_path):
-    """With LoRA; full fine-tuning is killed at the chosen moments below."""
     reference, seconds = whole(ranks, kind)
     run, rng = tmp_path / "run", random.Random(seed)
     for _ in range(4):

@@ -99,7 +99,8 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 @contextmanager
 def atomic_folder(out: Path, mark: str = "") -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place at the end; on an error it vanishes and `out` stays.
+    """A temporary folder beside `out` that takes its place at the end, when its files are on the disk; on an error it vanishes
+    and `out` stays.
 
     `<out><mark>.tmp` and `<out><mark>.old` are this function's own: what is there from a killed run is removed."""
     out = Path(out)
@@ -112,9 +113,11 @@ def atomic_folder(out: Path, mark: str = "") -> Iterator[Path]:
                 shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
         yield temporary
+        _sync_file_system(temporary)
         if out.exists():
             out.rename(old)
         temporary.rename(out)
+        sync_folder(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
