@@ -66,7 +66,8 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
 """Ranks -> name -> settings of a measured run."""
 
 WARM: tuple[dict[str, Any], ...] = ({"adapter.kind": "lora", **STEP, **BF16},)
-"""Run first, with one layer: what DeepSpeed imports, and oneDNN's kernels, are no memory of a run."""
+"""Run first, with one layer: what DeepSpeed imports, and oneDNN's kernels, are no memory of a run. Once before the forks, since
+the first time takes seconds, and in each of them."""
 
 
 def settings_of(case: dict[str, Any]) -> Settings:
@@ -156,9 +157,8 @@ def rank_of(ranks: int, folder: Path) -> None:
     """One rank: measures all cases for so many."""
     from dopsd_fast.distributed.process_group import init_distributed
 
-    torch.set_num_threads(1)
     rank = init_distributed().rank
-    for case in WARM:
+    for case in WARM:  # pages of the libraries are not in a fork's memory until it touches them
         measured_peak(case, 1)
     peaks = {name: measured_peak(case, LAYERS) for name, case in CASES[ranks].items()}
     (folder / f"{ranks}-{rank}.json").write_text(json.dumps(peaks))
@@ -170,8 +170,16 @@ def main(folder: Path) -> int:
     for library in ("deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2", "peft"):
         importlib.import_module(library)
     from bench.forks import fork, free_port, rank_environment, wait
+    from dopsd_fast.distributed.process_group import init_distributed
+    from tests.zygote import leave_group
 
-    RandomZImage().meta_transformer()
+    torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
+    os.environ.update(rank_environment(0, 1, free_port()))
+    init_distributed()
+    for case in WARM:
+        measured_peak(case, 1)
+    leave_group()
+    gc.collect()
     gc.freeze()  # ZeRO-3 collects garbage at every start
     failed = 0
     for ranks in CASES:

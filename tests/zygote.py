@@ -67,8 +67,6 @@ def train(runs: list[list[str]]) -> None:
 
     Three things of a run do not survive a fork, and are not left behind: threads of OpenMP (`train.threads=1` starts none), the
     thread that watches over progress bars, and the process group, to which DeepSpeed keeps two references of its own."""
-    import deepspeed
-    import torch
     from tqdm import tqdm
 
     main = runpy.run_path(str(TRAIN))["main"]
@@ -76,9 +74,17 @@ def train(runs: list[list[str]]) -> None:
     with as_before():
         for settings in runs:
             assert main(settings) == 0
-        torch.distributed.destroy_process_group()
-        deepspeed.comm.comm.cdb = deepspeed.utils.groups._WORLD_GROUP = None
+        leave_group()
     tqdm.monitor_interval = interval
+
+
+def leave_group() -> None:
+    """The process group is gone, and so are DeepSpeed's two references to it."""
+    import deepspeed
+    import torch
+
+    torch.distributed.destroy_process_group()
+    deepspeed.comm.comm.cdb = deepspeed.utils.groups._WORLD_GROUP = None
 
 
 @contextlib.contextmanager
