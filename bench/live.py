@@ -36,8 +36,7 @@ class Live:
     def __init__(self, suites: Sequence[str], write: Callable[[list[Row]], object], console: Any) -> None:
         self.suites, self.write, self.console = list(suites), write, console
         self.rows, self.pending = list[Row](), list[Row]()
-        self.written = self.shown = 0.0
-        self.began = time.monotonic()
+        self.written, self.shown, self.began = 0.0, 0.0, time.monotonic()
         self.where = self.doing = ""
         self.line: Any = None
 

@@ -47,14 +47,12 @@ class Standard:
 
 
 class Model:
-    """One model on one device. `name` as on the command line; `suffix` is what its cases end in, nothing for the two that have
-    committed results: nano on the CPU, zimage-turbo on a GPU. `folder`: where its parts lie; None for random weights, which
-    have no encoders, prompts or pictures on the disk. UserError: no such folder, another family than Z-Image, a size that
-    this machine cannot hold."""
+    """One model on one device. `suffix`: what its cases end in, nothing for the two that have committed results: nano on a CPU
+    and zimage-turbo on a GPU. `folder`: where its parts lie; None for random weights, which have no encoders, prompts or
+    pictures on the disk. UserError: no such folder, another family than Z-Image, a size that this machine cannot hold."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.device, self.random, self.settings = device, name in RANDOM, Settings()
-        self.dtype, self.precision = (torch.bfloat16, "bf16") if device.type == "cuda" else (torch.float32, "fp32")
         if self.random:
             self.name = name
             self.family: Family = published_family("zimage", self.settings.conditioning)
@@ -71,6 +69,14 @@ class Model:
             raise UserError("--model zimage-turbo computes for hours on a CPU: use a GPU, --model zimage-small or suite cost")
         self.suffix = "" if self.name == ("zimage-turbo" if device.type == "cuda" else "nano") else f"@{self.name}"
         self.folder = None if self.random else self.family.path
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @property
+    def precision(self) -> str:
+        return "bf16" if self.dtype == torch.bfloat16 else "fp32"
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -105,9 +111,8 @@ class Model:
 
     def features(self, batch: int, tokens: int, seed: int) -> list[Tensor]:
         """Text features `[tokens, D]` of each item, in `dtype`, drawn at random."""
-        width = self.config["cap_feat_dim"]
-        draw = torch.Generator().manual_seed(seed)
-        return [torch.randn(tokens, width, generator=draw).to(self.device, self.dtype) for _ in range(batch)]
+        shape, draw = (tokens, self.config["cap_feat_dim"]), torch.Generator().manual_seed(seed)
+        return [torch.randn(shape, generator=draw).to(self.device, self.dtype) for _ in range(batch)]
 
     def grid(self, states: int, pixels: int) -> list[float]:
         """t_0 = 0 ... t_K = 1."""

@@ -2,8 +2,7 @@
 
 Of the folders in bench/results of one machine the last one by name counts, a CPU's and each GPU's. README has the four rows
 that the paper's claim rests on, docs/results.md the tables of speeds and of the suite reproduce in full; each table stands
-between two marks of its own. `--check` writes nothing and fails when a table is not that of the results.
-"""
+between two marks of its own. `--check` writes nothing and fails when a table is not that of the results."""
 
 from __future__ import annotations
 

@@ -103,14 +103,14 @@ def merged(rows: Iterable[Row]) -> list[Row]:
 
 
 def check(rows: Sequence[Row]) -> None:
-    """ValueError, one line: two rows of one key, no number where the row did not fail, or a number that is none."""
+    """ValueError, one line: two rows of one key, no number where the row did not fail, or one that is not finite."""
     keys = Counter(row.key for row in rows)
     for row in rows:
         numbers = [number for number in (row.value, row.p20, row.p80, row.low, row.high) if number is not None]
         if keys[row.key] > 1:
             raise ValueError(f"row {' '.join(row.key)}: {keys[row.key]} rows of this key")
         if (row.value is None) != (row.status == "failed") or not all(map(math.isfinite, numbers)):
-            raise ValueError(f"row {' '.join(row.key)}: a number is missing or none")
+            raise ValueError(f"row {' '.join(row.key)}: a number is missing or not finite")
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -78,8 +77,8 @@ def bench(argv: list[str]) -> int:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
     trains = arguments.suites == ["reproduce"]
     model = arguments.model or ("zimage-turbo" if device.type == "cuda" and not trains else "nano")
-    given = {field.name: getattr(arguments, field.name) for field in fields(Options) if field.name in arguments}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(arguments).items()
+             if name in Options.__annotations__}
     options = Options(**given | {"model": model, "device": device, "tour": not arguments.suites})
     suites = list(dict.fromkeys(arguments.suites)) or list(TOUR)
     if set(suites) - COUNTED - {"reproduce"}:
@@ -158,8 +157,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--profile", action="store_true", help="also a torch profiler trace of the step, and where its time is")
     found.add_argument("--threads", type=count, default=min(2, os.cpu_count() or 1), help="CPU threads (default: 2)")
     found.add_argument("--rounds", type=count, default=0, help="measurements of each variant (default: the suite's own)")
-    found.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: this process's, with --threads 1")
-    found.add_argument("--peers", nargs="*", default=Options.peers, choices=Options.peers, help="step, rollout: compared with")
+    found.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: CPU time, with --threads 1")
+    found.add_argument("--peers", nargs="*", default=Options.peers, choices=Options.peers, help="step, rollout: against whom")
     found.add_argument("--kinds", nargs="+", default=Options.kinds, choices=Options.kinds, help="what trains")
     found.add_argument("--ranks", nargs="+", type=count, default=[], metavar="N", help="zero: how many (default: 2, GPUs: all)")
     own = found.add_argument_group("reproduce")

@@ -165,7 +165,7 @@ def content(**changes: object) -> str:
     (json.dumps({"environment": FACTS, "rows": [{"suite": "step"}]}), "is no benchmark result"),
     (json.dumps({"environment": {"cpu": "A CPU"}, "rows": []}), "not of one machine and set-up: platform "),
     (content(value="1.0"), "is no benchmark result"),
-    (content(value=float("nan")), "step lora ours seconds_per_step: a number is missing or none"),
+    (content(value=float("nan")), "step lora ours seconds_per_step: a number is missing or not finite"),
     (content(value=None), "a number is missing"),
 ])
 def test_what_is_no_result_is_one_line(text, said, tmp_path, capsys):

@@ -1,8 +1,5 @@
-"""report.html of a folder of results, one file that needs nothing else and no network.
-
-`bench/run.py` writes it after every run. It holds the machine, what failed or fell back, the plots, every suite's tables, and
-all rows as they are in results.json.
-"""
+"""report.html of a folder of results, one file that needs nothing else and no network: the machine, what failed or fell back,
+the plots, every suite's tables, and all rows as they are in results.json."""
 
 from __future__ import annotations
 
