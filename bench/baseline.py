@@ -15,18 +15,19 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
+
 from bench.results import ROOT, Options, Row, merged
+from bench.suites import cost, memory, zero
 from dopsd_fast.errors import UserError
 
 FILE = ROOT / "bench" / "baseline.json"
 LIMIT = 0.02
-KINDS = ("lora", "full")
 Counts = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.baseline", description="Counts that no machine changes, against "
-                                     "bench/baseline.json; exit code 1 when one is more than 2 %% worse.")
+    parser = argparse.ArgumentParser(prog="python -m bench.baseline", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--update", action="store_true", help="write what is counted now")
     arguments = parser.parse_args(argv)
     try:
@@ -35,34 +36,27 @@ def main(argv: Sequence[str]) -> int:
             FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             print(f"written: {FILE}")
             return 0
-        before = read()
+        lines = changed(found, read())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    bad = worse(found, before)
-    for line in (*bad, *better(found, before)):
-        print(line)
-    print(f"{sum(len(metrics) for cases in before.values() for metrics in cases.values())} counts, {len(bad)} worse")
-    return int(bool(bad))
+    worse = sum(line.startswith("worse") for line in lines)
+    print(*lines, f"{len(flat(found))} counts, {worse} worse", sep="\n")
+    return int(worse > 0)
 
 
 def measure() -> list[Row]:
     """The rows of all counts, full size but for zero's."""
-    import torch
-
-    from bench.suites import cost, memory, zero
-
     cpu = torch.device("cpu")
-    rows = [row for kind in KINDS for row in cost.ours(kind, cost.Size())]
-    rows += [row for kind in KINDS for row in memory.counted(kind, Options("nano", cpu, threads=torch.get_num_threads()))]
+    options = Options("nano", cpu, threads=torch.get_num_threads())
+    rows = [row for kind in options.kinds for row in cost.ours(kind, cost.Size())]
+    rows += [row for kind in options.kinds for row in memory.counted(kind, options)]
     return rows + merged(zero.measure(Options("nano", cpu, tour=True, quick=True)))
 
 
 def counts(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
     """What of `rows` belongs into the file. UserError, one line: a count that could not be taken."""
-    from bench.suites.zero import COUNTS
-
-    wanted = {"memory": ("activation_bytes", "peak_bytes"), "zero": (*COUNTS,)}
+    wanted = {"memory": ("activation_bytes", "peak_bytes"), "zero": (*zero.COUNTS,)}
     found: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
         if row.variant != "ours" or row.suite in wanted and row.metric not in wanted[row.suite]:
@@ -88,24 +82,20 @@ def flat(found: Counts) -> dict[tuple[str, str, str], float]:
             for metric, value in metrics.items()}
 
 
-def worse(found: Counts, before: Counts) -> list[str]:
-    """A line for each count that is more than `LIMIT` above its baseline, and each that only one of the two has."""
+def changed(found: Counts, before: Counts) -> list[str]:
+    """A line for each count that is more than `LIMIT` above its baseline (worse) or below it (better), and each that only one
+    of the two has (worse)."""
     now, then = flat(found), flat(before)
-    lines = [f"worse: {' '.join(key)}: {now[key]:,g}, before {value:,g}{percent(now[key], value)}"
-             for key, value in then.items() if key in now and now[key] > value * (1 + LIMIT)]
-    lines += [f"worse: {' '.join(key)} is not counted any more" for key in then if key not in now]
+    lines = []
+    for key, value in then.items():
+        new, name = now.get(key), " ".join(key)
+        if new is None:
+            lines.append(f"worse: {name} is not counted any more")
+        elif abs(new - value) > LIMIT * value:
+            percent = f" ({100 * (new / value - 1):+.1f} %)" if value else ""
+            said = f"{name}: {new:,g}, before {value:,g}{percent}"
+            lines.append(f"worse: {said}" if new > value else f"better: {said}; hold it with --update")
     return lines + [f"worse: {' '.join(key)} is not in {FILE.name}: --update" for key in now if key not in then]
-
-
-def better(found: Counts, before: Counts) -> list[str]:
-    """A line for each count that is more than `LIMIT` below: --update holds it there."""
-    now, then = flat(found), flat(before)
-    return [f"better: {' '.join(key)}: {now[key]:,g}, before {value:,g}{percent(now[key], value)}; hold it with --update"
-            for key, value in then.items() if key in now and now[key] < value * (1 - LIMIT)]
-
-
-def percent(now: float, before: float) -> str:
-    return f" ({100 * (now / before - 1):+.1f} %)" if before else ""
 
 
 if __name__ == "__main__":

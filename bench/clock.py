@@ -1,8 +1,5 @@
-"""The clock of all suites: interleaved measurements, and what is said of them.
-
-A call that lasts a whole step is timed from outside, by "wall". A kernel that lasts microseconds on a GPU is timed by
-"events": from outside, the host's time to launch it would be measured.
-"""
+"""The clock of all suites: interleaved measurements, and what is said of them. A call that lasts a whole step is timed from
+outside, by "wall"; a kernel that lasts microseconds on a GPU by "events": else the host's time to launch it would count."""
 
 from __future__ import annotations
 
@@ -11,21 +8,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 
 from bench.live import tick
 
 
-class Summary(TypedDict):
-    value: float
-    p20: float
-    p80: float
-    n: int
-
-
-def summary(values: Sequence[float]) -> Summary:
+def summary(values: Sequence[float]) -> dict[str, Any]:
     """Median, 20th and 80th percentile (linear between neighbours) and count, named as in `Row`."""
     if len(values) == 1:
         return {"value": values[0], "p20": values[0], "p80": values[0], "n": 1}
@@ -38,11 +28,8 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-Timer = Callable[[Callable[[], Any]], float]
-"""call -> seconds that it took."""
-FILL_BYTES = 1 << 29
+FILL_BYTES, FEWEST_FILLS, MOST_FILLS = 1 << 29, 4, 64
 """Of the buffer that is filled before a kernel is timed: several times the L2 cache of any GPU, a tenth of a millisecond."""
-FEWEST_FILLS, MOST_FILLS = 4, 64
 
 
 class Events:
@@ -50,8 +37,7 @@ class Events:
 
     The fills flush the L2 cache, and they keep the GPU busy until the host has launched everything that the call launches, so
     that neither counts. Their number follows from the time that the host took for the same call before; the first time of a
-    call is to be thrown away. A host that takes more than MOST_FILLS (8 ms on an H200) is measured after all.
-    """
+    call is to be thrown away. A host that takes more than MOST_FILLS (8 ms on an H200) is measured after all."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -79,8 +65,8 @@ class Events:
         return max(begin.elapsed_time(end), 1e-6) / 1e3  # a millionth of a millisecond: it is divided by
 
 
-def timer(clock: str, device: torch.device) -> Timer:
-    """`clock`: "wall", "cpu" (as in Options), or "events", which on a CPU is "wall"."""
+def timer(clock: str, device: torch.device) -> Callable[[Callable[[], Any]], float]:
+    """Of a call: the seconds that it takes. `clock`: "wall", "cpu" (as in Options), or "events", which on a CPU is "wall"."""
     if clock == "events" and device.type == "cuda":
         return Events(device)
     now = time.process_time if clock == "cpu" else time.perf_counter
@@ -100,41 +86,24 @@ def kernel_clock(device: torch.device, clock: str = "wall") -> str:
     return "events" if device.type == "cuda" else clock
 
 
-LONG = 0.2
-"""Seconds from which on a call is shown while it lasts."""
+Calls = Mapping[str, Callable[[], Any]]
+Seconds = dict[str, list[float]]
 
 
-def interleaved(
-    calls: Mapping[str, Callable[[], Any]],
-    rounds: int,
-    warmup: int,
-    device: torch.device | str = "cpu",
-    clock: str = "wall",
-) -> dict[str, list[float]]:
+def interleaved(calls: Calls, rounds: int, warmup: int, device: torch.device | str = "cpu", clock: str = "wall") -> Seconds:
     """Seconds of each call in each of `rounds` rounds: what `in_turns` gives at last."""
-    seconds: dict[str, list[float]] = {}
-    for found in in_turns(calls, rounds, warmup, device, clock):
-        seconds = found
-    return seconds
+    return list(in_turns(calls, rounds, warmup, device, clock))[-1]
 
 
 def in_turns(
-    calls: Mapping[str, Callable[[], Any]],
-    rounds: int,
-    warmup: int,
-    device: torch.device | str = "cpu",
-    clock: str = "wall",
-) -> Iterator[dict[str, list[float]]]:
+    calls: Calls, rounds: int, warmup: int, device: torch.device | str = "cpu", clock: str = "wall"
+) -> Iterator[Seconds]:
     """After each round the seconds of each call in each round so far; entry i of every list is from the same round. `clock`: as
-    in `timer`. `live.tick` is told of every call before it is made.
-
-    A round runs every call once, beginning one further each time, so that a slow spell of the machine and what a call
-    leaves in the caches fall on all alike. `warmup` rounds are not counted; the garbage collector runs between rounds.
-    """
-    device = torch.device(device)
-    names = list(calls)
-    measure = timer(clock, device)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    in `timer`. `live.tick` is told of every call before it is made. A round runs every call once, beginning one further each
+    time, so that a slow spell of the machine and what a call leaves in the caches fall on all alike. `warmup` rounds are not
+    counted; the garbage collector runs between rounds."""
+    names, measure = list(calls), timer(clock, torch.device(device))
+    seconds: Seconds = {name: [] for name in names}
     last: dict[str, float] = {}
     collecting = gc.isenabled()
     gc.disable()
@@ -145,9 +114,8 @@ def in_turns(
             first = number % len(names)
             said = f"warm-up {number + 1} of {warmup}" if number < warmup else f"round {number - warmup + 1} of {rounds}"
             for place, name in enumerate(names[first:] + names[:first]):
-                whole = sum(last.values()) if len(last) == len(names) else None
-                left = None if whole is None else whole * (warmup + rounds - number - place / len(names))
-                tick(name, said, left, last.get(name, LONG) >= LONG)
+                left = sum(last.values()) * (warmup + rounds - number - place / len(names)) if len(last) == len(names) else None
+                tick(name, said, left)
                 began = time.perf_counter()
                 taken = measure(calls[name])
                 last[name] = time.perf_counter() - began

@@ -35,49 +35,41 @@ Exact = Mapping[str, tuple[float, str]]
 
 class Contest:
     """Variants of one case. `notes`: what each fell back to, in one line, empty: nothing; shared by the cases that have the
-    same programs. `seconds`, `ratio`: the metrics of a time and of a peer's over ours."""
+    same programs. `seconds`, `ratio`: the metrics of a time and of a peer's over ours. `peers`: whom ours is compared with,
+    beside R1 ... R4. `remarks`: what else is said of a variant's time."""
 
     def __init__(
         self, suite: str, case: str, options: Options, seconds: str = "seconds_per_step", ratio: str = "speedup",
         notes: dict[str, str] | None = None,
     ) -> None:
-        self.suite, self.case, self.options = suite, case, options
-        self.seconds, self.ratio = seconds, ratio
-        self.alive: dict[str, Any] = {}
+        self.suite, self.case, self.options, self.seconds, self.ratio = suite, case, options, seconds, ratio
         self.notes = {} if notes is None else notes
+        self.alive: dict[str, Any] = {}
+        self.peers: Sequence[str] = ()
         self.remarks: dict[str, str] = {}
-        """What else is said of a variant's time."""
         torch.set_num_threads(options.threads)
 
     def place(self, peer: str = "") -> str:
         return self.case.format(peer and f"/{peer}")
 
-    # ---- rows --------------------------------------------------------------------------------------------------------
-
-    def row(
-        self, variant: str, metric: str, unit: str, values: Sequence[float] | float, note: str = "", peer: str = ""
-    ) -> Row:
+    def row(self, variant: str, metric: str, unit: str, values: Sequence[float] | float, note: str = "", peer: str = "") -> Row:
         """A number of a variant, or with `peer` of ours against that one. It is a fallback where one of them fell back, and a
         failure where it is not finite."""
         fell = [self.notes.get(variant, ""), f"{peer}: {self.notes[peer]}" if self.notes.get(peer) else ""]
         status: Status = "fallback" if any(fell) else "ok"
         said = "; ".join(dict.fromkeys(filter(None, (*fell, note))))
-        case = self.place(peer)
-        if isinstance(values, float | int):
-            if math.isfinite(values):
-                return Row(self.suite, case, variant, metric, values, unit, status=status, note=said)
-        elif all(map(math.isfinite, values)):
-            return Row(self.suite, case, variant, metric, unit=unit, status=status, note=said, **summary(values))
-        return failed(self.suite, case, variant, metric, unit, "; ".join(filter(None, ("not finite", said))))
+        key = self.suite, self.place(peer), variant, metric
+        several = [values] if isinstance(values, float | int) else values
+        if not all(map(math.isfinite, several)):
+            return failed(*key, unit, "; ".join(filter(None, ("not finite", said))))
+        found = summary(several) if several is values else {"value": values}
+        return Row(*key, unit=unit, status=status, note=said, **found)
 
     def lost(self, variant: str, error: BaseException | str) -> Iterator[Row]:
         """A variant without a time."""
         yield failed(self.suite, self.place(), variant, self.seconds, "s", error)
         if variant in STRONGER or variant in self.peers:
             yield failed(self.suite, self.place(variant), "ours", self.ratio, "x", error)
-
-    peers: Sequence[str] = ()
-    """Whom ours is compared with, beside R1 ... R4."""
 
     def speeds(self, found: Seconds, amounts: Mapping[str, tuple[str, float]] = {}) -> Iterator[Row]:
         """Seconds and ratios of all, and for each of `amounts`, metric -> (unit, amount), the amount over the seconds."""
@@ -87,8 +79,6 @@ class Contest:
                 yield self.row(name, metric, unit, [amount / value for value in values])
             if name != "ours" and "ours" in found:
                 yield self.row("ours", self.ratio, "x", ratios(values, found["ours"]), peer=name)
-
-    # ---- building and timing -----------------------------------------------------------------------------------------
 
     def build(self, name: str, make: Callable[[], Any], check: Callable[[Any], Exact | None] | None = None) -> Iterator[Row]:
         """Puts a variant that has run once into `alive`, and says how exact it was; or why it could not. check: runs it, and
@@ -118,9 +108,10 @@ class Contest:
 
         usual, tour: rounds (`Options.repeats`). warmup: rounds before those that count, 2 and in the tour none if not said.
         kernel: the calls last microseconds."""
-        options = self.options
+        options, able = self.options, {}
+        warmup = (0 if options.quick or options.tour else 2) if warmup is None else warmup
+        clock = kernel_clock(options.device, options.clock) if kernel else options.clock
         say(f"{self.suite}: {self.place()}, timing {', '.join(calls)}")
-        able = {}
         for name, call in calls.items():
             try:
                 call()
@@ -129,10 +120,7 @@ class Contest:
                 yield from self.lost(name, error)
         if not able:
             return
-        warmup = (0 if options.quick or options.tour else 2) if warmup is None else warmup
-        clock = kernel_clock(options.device, options.clock) if kernel else options.clock
-        found: Seconds = {}
-        told = time.monotonic()
+        found, told = dict[str, list[float]](), time.monotonic()
         try:
             for found in in_turns(able, options.repeats(usual, tour), warmup, options.device, clock):
                 if time.monotonic() - told > TOLD_AGAIN:
@@ -151,9 +139,6 @@ class Contest:
         free(self.options.device)
 
 
-# ---- memory and compilers --------------------------------------------------------------------------------------------
-
-
 def free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
@@ -168,19 +153,13 @@ def new_compiler() -> None:
 
 def compiled_in_part() -> str:
     """What torch.compile did not compile since its counters were cleared, in one line; empty: nothing."""
-    counters = torch._dynamo.utils.counters
-    if counters["graph_break"]:
-        reason = " ".join(str(next(iter(counters["graph_break"]))).split())
-        return f"torch.compile broke the graph: {reason[:120]}"
-    frames = counters["frames"]
+    breaks, frames = (torch._dynamo.utils.counters[name] for name in ("graph_break", "frames"))
+    if breaks:
+        return f"torch.compile broke the graph: {' '.join(str(next(iter(breaks))).split())[:120]}"
     if not frames["ok"]:
         return "torch.compile compiled nothing"
-    if frames["total"] > frames["ok"]:
-        return f"torch.compile gave up on {frames['total'] - frames['ok']} of {frames['total']} frames"
-    return ""
-
-
-# ---- errors ----------------------------------------------------------------------------------------------------------
+    lost = frames["total"] - frames["ok"]
+    return f"torch.compile gave up on {lost} of {frames['total']} frames" if lost else ""
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -189,7 +168,7 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def exact_note(dtype: torch.dtype) -> str:
-    """The same, as the note of an error; float64 is the rule and needs none."""
+    """The note of such an error; float64 is the rule and needs none."""
     return "" if dtype == torch.float32 else "against fp32 without TF32"
 
 
@@ -214,13 +193,10 @@ def compare(gradients: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> tup
     """(1 - cosine, relative error) of the whole gradient against the exact one; a tensor without gradient counts as zero."""
     sums = torch.zeros(4, dtype=torch.float64)
     for name, true in exact.items():
-        if name in gradients:
-            value = gradients[name].double()
-            true = true.to(value.device).double()
-            parts = [(value * true).sum(), value.square().sum(), true.square().sum(), (value - true).square().sum()]
-            sums += torch.stack(parts).cpu()
-        else:
-            sums[2:] += true.double().square().sum()
+        value = (gradients[name] if name in gradients else torch.zeros_like(true)).double()
+        true = true.to(value.device).double()
+        parts = [(value * true).sum(), value.square().sum(), true.square().sum(), (value - true).square().sum()]
+        sums += torch.stack(parts).cpu()
     dot, squares, exact_squares, difference = sums.tolist()
     if not squares or not exact_squares:
         return math.nan, math.nan

@@ -7,10 +7,10 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,26 +34,20 @@ def device_named(name: str) -> torch.device:
 
 def environment(options: Options) -> dict[str, Any]:
     """Machine, versions, commit and the options of the run."""
-    facts: dict[str, Any] = {
+    facts = {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        "threads": options.threads,
-        "clock": options.clock,
         "commit": commit(),
-        "model": options.model,
         "device": str(options.device),
-        "quick": options.quick,
-        "tour": options.tour,
-    }
+    } | {name: getattr(options, name) for name in ("threads", "clock", "model", "quick", "tour")}
     for package in ("torch", "triton", "diffusers", "transformers", "peft", "deepspeed", "flash-attn"):
-        try:
+        facts[package] = None
+        with suppress(PackageNotFoundError):
             facts[package] = version(package)
-        except PackageNotFoundError:
-            facts[package] = None
     if options.device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(options.device)
         facts["compute_capability"] = list(torch.cuda.get_device_capability(options.device))
@@ -65,8 +59,7 @@ def environment(options: Options) -> dict[str, Any]:
 def commit() -> str | None:
     """The commit of this checkout, with "+" when a tracked file differs from it; None outside of one."""
     found = said("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    changed = found and said("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
-    return f"{found}+" if found and changed else found
+    return found and found + "+" * bool(said("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"))
 
 
 def said(*command: str) -> str | None:
@@ -78,23 +71,14 @@ def said(*command: str) -> str | None:
 
 
 def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
+    lines = (said("cat", "/proc/cpuinfo") or "").splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-# ---- ceilings --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine can do, measured in this process: no kernel moves more, no product runs faster.
-
-    bytes_per_second   of a copy that no cache holds (bytes read and written)
-    flops_per_second   of one large product `[m, k] x [k, n]` in the given dtype, 2 m k n operations
-    """
+    """What this machine can do, measured in this process: bytes read and written by a copy that no cache holds, operations of
+    one large product `[m, k] x [k, n]` in the given dtype, 2 m k n. No kernel moves more, no product runs faster."""
 
     bytes_per_second: float
     flops_per_second: float
@@ -103,9 +87,7 @@ class Ceilings:
 @functools.cache
 def ceilings(device: torch.device, dtype: torch.dtype, quick: bool = False) -> Ceilings:
     """Measured once in a process: the best of several rounds. `quick`: small, its numbers mean nothing."""
-    cuda = device.type == "cuda"
-    size = 1 << 20 if quick else 1 << 30 if cuda else 1 << 28
-    side = 64 if quick else 8192 if cuda else 2048
+    size, side = (1 << 20, 64) if quick else (1 << 30, 8192) if device.type == "cuda" else (1 << 28, 2048)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))

@@ -1,8 +1,7 @@
-"""What is measured: the embedded pipeline, the published architecture with random weights, or a pipeline folder.
+"""What is measured, in fp32 on a CPU and bf16 on a GPU: the embedded pipeline, random weights, or a pipeline folder.
 
-    nano           the embedded pipeline, its own weights (fp32 on a CPU, bf16 on a GPU)
-    zimage-turbo   Z-Image-Turbo's architecture, 6.15 B parameters, weights drawn at random: as fast as the published ones,
-                   and nothing is downloaded
+    nano           the embedded pipeline, its own weights
+    zimage-turbo   Z-Image-Turbo's architecture, 6.15 B parameters, random weights: as fast as the published ones
     zimage-small   the same, 192 wide and 4 blocks deep, to try out on a CPU what zimage-turbo is measured with
     PATH           a Z-Image pipeline folder in diffusers' layout, its own weights
 """
@@ -29,10 +28,9 @@ SMALL = {"dim": 192, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 3, "n_kv_h
          "axes_dims": [16, 24, 24], "axes_lens": [512, 128, 128]}
 """What differs from the published architecture in zimage-small."""
 RANDOM = {"zimage-turbo": {}, "zimage-small": SMALL}
-WIDE = 1024
-"""From this width on a model is measured at the published sizes."""
-SHOWN_PIXELS = 768**2
-"""Of the largest picture that recipes/zimage_turbo_lora.toml shows to the teacher's encoder."""
+WIDE, SHOWN_PIXELS = 1024, 768**2
+"""From this width on a model is measured at the published sizes; the largest picture that recipes/zimage_turbo_lora.toml shows
+to the teacher's encoder."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +47,12 @@ class Standard:
 
 
 class Model:
-    """One model on one device. `name` as on the command line; `suffix` is what its cases end in, nothing for the two that have
-    committed results: nano on the CPU, zimage-turbo on a GPU. UserError: no such folder, another family than Z-Image, a size
-    that this machine cannot hold."""
+    """One model on one device. `suffix`: what its cases end in, nothing for the two that have committed results: nano on a CPU
+    and zimage-turbo on a GPU. `folder`: where its parts lie; None for random weights, which have no encoders, prompts or
+    pictures on the disk. UserError: no such folder, another family than Z-Image, a size that this machine cannot hold."""
 
     def __init__(self, name: str, device: torch.device) -> None:
-        self.device = device
-        self.random = name in RANDOM
-        self.settings = Settings()
+        self.device, self.random, self.settings = device, name in RANDOM, Settings()
         if self.random:
             self.name = name
             self.family: Family = published_family("zimage", self.settings.conditioning)
@@ -71,15 +67,8 @@ class Model:
             raise UserError(f"--model {name}: it is {self.family.name}, the published step is written for zimage pipelines")
         if name == "zimage-turbo" and device.type != "cuda":
             raise UserError("--model zimage-turbo computes for hours on a CPU: use a GPU, --model zimage-small or suite cost")
-
-    @property
-    def suffix(self) -> str:
-        return "" if self.name == ("zimage-turbo" if self.device.type == "cuda" else "nano") else f"@{self.name}"
-
-    @property
-    def folder(self) -> Path | None:
-        """Where its parts lie; None for random weights, which have no encoders, prompts or pictures on the disk."""
-        return None if self.random else self.family.path
+        self.suffix = "" if self.name == ("zimage-turbo" if device.type == "cuda" else "nano") else f"@{self.name}"
+        self.folder = None if self.random else self.family.path
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,9 +111,8 @@ class Model:
 
     def features(self, batch: int, tokens: int, seed: int) -> list[Tensor]:
         """Text features `[tokens, D]` of each item, in `dtype`, drawn at random."""
-        width = self.config["cap_feat_dim"]
-        draw = torch.Generator().manual_seed(seed)
-        return [torch.randn(tokens, width, generator=draw).to(self.device, self.dtype) for _ in range(batch)]
+        shape, draw = (tokens, self.config["cap_feat_dim"]), torch.Generator().manual_seed(seed)
+        return [torch.randn(shape, generator=draw).to(self.device, self.dtype) for _ in range(batch)]
 
     def grid(self, states: int, pixels: int) -> list[float]:
         """t_0 = 0 ... t_K = 1."""

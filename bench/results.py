@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import torch
+
+from dopsd_fast.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE, TABLE = "results.json", "results.csv"
@@ -60,39 +65,28 @@ def failed(suite: str, case: str, variant: str, metric: str, unit: str, error: B
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line gives to every suite. `model`: "nano", "zimage-turbo", or a pipeline folder in diffusers' layout
-    (see bench/models.py). `quick`: the fewest repetitions that exercise everything, for tests; its numbers mean nothing.
-    `tour`: the standard cases only, with fewer repetitions, so that all suites together take five minutes."""
+    """What the command line gives to every suite, see `bench/run.py --help`. quick: the fewest repetitions that exercise
+    everything, for tests; its numbers mean nothing. rounds: 0 leaves it to the suite. tour: the standard cases only, with
+    fewer repetitions, all suites in five minutes. budget: a `bench.reproduce.arms.Budget` in place of the usual one."""
 
     model: str
     device: torch.device
     quick: bool = False
     threads: int = 2
     rounds: int = 0
-    """Measurements of each variant; 0 leaves it to the suite."""
     clock: str = "wall"
-    """"wall", or "cpu": this process's CPU time, which other programs on the machine disturb less; for one thread."""
     peers: tuple[str, ...] = ("R1", "R2", "R3", "R4")
     kinds: tuple[str, ...] = ("lora", "full")
     tour: bool = False
     ranks: tuple[int, ...] = ()
-    """zero: how many processes, one or several numbers; empty: 2 on a CPU, one a GPU."""
     ablations: bool = False
-    """reproduce: the paper's ablations and customisation, too."""
     data: str = ""
-    """reproduce: records to train on, in any format of data.path; empty: the embedded world's."""
     evaluation: str = ""
-    """reproduce: the folder of what real pictures are measured with and by."""
     recipe: str = ""
-    """reproduce: the recipe of a user's own model; empty: the family's for full fine-tuning."""
     more: tuple[str, ...] = ()
-    """reproduce: further settings of all runs on a user's own model, as the trainer takes them."""
     steps: int = 0
-    """reproduce: optimizer steps of every run; 0: 160 on the embedded pipeline, else the recipe's."""
     seeds: int = 0
-    """reproduce: of every arm; 0: 3 on the embedded pipeline, else 1."""
     budget: Any = None
-    """reproduce: a `bench.reproduce.arms.Budget` in place of the usual one."""
 
     def repeats(self, usual: int, tour: int, quick: int = 2) -> int:
         """Rounds of a suite: what the command line says, or its own."""
@@ -108,38 +102,50 @@ def merged(rows: Iterable[Row]) -> list[Row]:
     return list(found.values())
 
 
-def write_results(folder: Path, facts: Mapping[str, Any], rows: Iterable[Row]) -> Path:
-    """`{"environment": {...}, "rows": [...]}` in `folder`/results.json and the rows in results.csv, each whole or not at
-    all. ValueError for a number that is none, or two rows of one key."""
-    rows = list(rows)
-    if len({row.key for row in rows}) != len(rows):
-        keys = [row.key for row in rows]
-        raise ValueError(f"two rows of one key: {next(key for key in keys if keys.count(key) > 1)}")
+def check(rows: Sequence[Row]) -> None:
+    """ValueError, one line: two rows of one key, no number where the row did not fail, or one that is not finite."""
+    keys = Counter(row.key for row in rows)
     for row in rows:
-        if (row.value is None) != (row.status == "failed"):
-            raise ValueError(f"{row.key}: a row has a value unless it failed: {row.value}, {row.status}")
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"environment": dict(facts), "rows": [asdict(row) for row in rows]}
-    file = folder / FILE
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(file)
-    part = folder / f"{TABLE}.part"
+        numbers = [number for number in (row.value, row.p20, row.p80, row.low, row.high) if number is not None]
+        if keys[row.key] > 1:
+            raise ValueError(f"row {' '.join(row.key)}: {keys[row.key]} rows of this key")
+        if (row.value is None) != (row.status == "failed") or not all(map(math.isfinite, numbers)):
+            raise ValueError(f"row {' '.join(row.key)}: a number is missing or not finite")
+
+
+@contextmanager
+def whole(file: Path) -> Iterator[TextIO]:
+    """What is written inside becomes `file` at the end, whole or not at all."""
+    part = file.with_suffix(f"{file.suffix}.part")
     with part.open("w", newline="", encoding="utf-8") as stream:
+        yield stream
+    part.replace(file)
+
+
+def write_results(folder: Path, facts: Mapping[str, Any], rows: Iterable[Row]) -> Path:
+    """`{"environment": {...}, "rows": [...]}` in `folder`/results.json and the rows in results.csv. ValueError as `check`."""
+    rows = list(rows)
+    check(rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = [asdict(row) for row in rows]
+    with whole(folder / FILE) as stream:
+        stream.write(json.dumps({"environment": dict(facts), "rows": content}, indent=1, allow_nan=False) + "\n")
+    with whole(folder / TABLE) as stream:
         table = csv.DictWriter(stream, [field.name for field in fields(Row)])
         table.writeheader()
-        table.writerows(content["rows"])  # type: ignore[arg-type]
-    part.replace(folder / TABLE)
-    return file
+        table.writerows(content)
+    return folder / FILE
 
 
 def read_results(folder: Path) -> tuple[dict[str, Any], list[Row]]:
-    """The inverse of `write_results`. ValueError, one line, when the file is not there or does not hold what it writes."""
+    """The inverse of `write_results`. UserError when the file is not there or does not hold what it writes."""
     file = folder / FILE
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        return dict(content["environment"]), [Row(**row) for row in content["rows"]]
+        facts, rows = dict(content["environment"]), [Row(**row) for row in content["rows"]]
+        check(rows)
+        return facts, rows
     except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}; write it with bench/run.py --out {folder}") from error
+        raise UserError(f"{file} cannot be read: {error.strerror}; write it with bench/run.py --out {folder}") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is no benchmark result: {error}; write it with bench/run.py --out") from error
+        raise UserError(f"{file} is no benchmark result: {error}; write it with bench/run.py --out") from error

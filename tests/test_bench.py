@@ -15,6 +15,7 @@ import torch
 from bench import clock, machine, results, run
 from bench.results import Options, Row
 from bench.suites import ops, zero
+from dopsd_fast.errors import UserError
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,7 +131,7 @@ def test_what_is_no_number_is_not_written(rows, tmp_path):
 def test_what_is_no_result_is_refused(content, said, tmp_path):
     if content is not None:
         (tmp_path / "results.json").write_text(content)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=said):
         results.read_results(tmp_path)
 
 

@@ -1,17 +1,15 @@
-"""`python bench/run.py compare A B [--threshold 5] [--all]`: what changed from one result folder to another of one machine.
+"""`python bench/run.py compare A B [--threshold 5]`: what changed from one result folder to another of one machine.
 
 Versions and commits may differ: they are what is compared. What else a time depends on (`SAME`) must not, and neither folder
-may be from --quick. Rows are matched by suite, case, variant and metric. How two values are judged depends on what they are:
+may be from --quick. A value is another one when its interval, where both have one (p20..p80 of a measurement, 95 % of a
+measure of pictures), does not overlap the other's, and it differs by more than
 
-    times, rates, ratios  a change counts when it is more than the threshold and the intervals p20..p80 do not overlap (without
-                          a spread: when it is more than the threshold)
-    peak memory           when it is more than the threshold
-    errors                when it more than doubles or halves: the order of a sum alone moves an error of rounding
-    counts                when they differ by more than 0.1 %
-    measures of pictures  when their 95 % intervals do not overlap; a claim when its verdict is another one
+    the threshold   for times, rates, ratios and peaks of memory
+    a factor of 2   for errors: the order of a sum alone moves an error of rounding
+    0.1 %           for the rest: counts
 
-The verdict is about our program, so the peers' and ceilings' changes are shown and do not decide. Exit code: 0, or 1 when
-something of ours became worse, fell back to another path or failed where it had not, or 2 when the folders cannot be compared.
+Peers' and ceilings' changes are shown and do not decide. Exit code: 0, or 1 when something of ours became worse, fell back to
+another path or failed where it had not, or 2 when the folders cannot be compared.
 """
 
 from __future__ import annotations
@@ -19,28 +17,18 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, NamedTuple
 
-from bench.report.tables import TIMES, WIDTH, digits, read
-from bench.results import Row, Status, read_results
+from bench.report.tables import console_of, read
+from bench.results import Row, read_results
 from dopsd_fast.errors import UserError
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-THRESHOLD = 5.0
 SAME = ("platform", "cpu", "cpu_capability", "cores", "gpu", "compute_capability", "device", "model", "threads", "clock")
 """Facts of the environment that must agree."""
-OF_A_GPU = ("gpu", "compute_capability")
-"""Of these, those that a run without one does not have."""
-PROGRAM = ("commit", "python", "torch", "triton", "diffusers", "transformers", "peft", "deepspeed", "flash-attn", "cuda",
-           "driver")
-"""Facts that are compared, and printed first."""
 PEER = re.compile(r"(R\d|eager|compiled|diffusers|plain|torch|copy|gemm|floor|encoders|exact|planner)")
 """How the variants begin that are not our program."""
 NEUTRAL = re.compile(
@@ -48,126 +36,68 @@ NEUTRAL = re.compile(
     r"|learning_rate|score_at_.*|commits|paper_.*|curve_.*|.*_minus_start|.*_over_seed_spread"
 )
 """Metrics that say nothing about better or worse by themselves."""
-HIGHER = re.compile(r"speedup|per_second|ceiling_share|mfu")
-KEPT = re.compile(r"accuracy|claim|clip_score|probes")
-"""Measures of pictures of which more is better; of the others less is."""
+SPEED, MORE = re.compile("speedup|per_second|ceiling_share|mfu"), re.compile("accuracy|claim|clip_score|probes")
+"""Metrics of which more is better, beside all that is counted per second; of the others less is."""
 ERROR = re.compile(r"error|one_minus_cosine|difference")
 MEMORY = re.compile(r"(peak|step)_(bytes|ratio)")
-ERROR_FACTOR, COUNT_SHARE = 2.0, 1e-3
-BETTER = ("faster", "better", "measured now")
-WORSE = ("slower", "worse", "fell back", "failed")
-ONLY = ("only in A", "only in B")
-COLOURS = dict.fromkeys(BETTER, "green") | dict.fromkeys(WORSE, "red") | dict.fromkeys(ONLY, "dim")
+BETTER, WORSE = ("faster", "better", "measured now"), ("slower", "worse", "fell back", "failed")
+COLOURS = dict.fromkeys(BETTER, "green") | dict.fromkeys(WORSE, "red")
 
 
 def main(argv: list[str]) -> int:
-    """The subcommand. UserError as `compare`."""
-    parser = argparse.ArgumentParser(prog="bench/run.py compare", description="What changed from result folder A to B; exit "
-                                     "code 1 when something of ours became worse.")
+    """The subcommand. UserError: a folder that holds no result, two machines, or a quick run."""
+    parser = argparse.ArgumentParser(prog="bench/run.py compare", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("a", metavar="A", type=Path, help="folder with results.json, before")
     parser.add_argument("b", metavar="B", type=Path, help="the same, after")
-    parser.add_argument("--threshold", type=float, default=THRESHOLD, metavar="PERCENT",
+    parser.add_argument("--threshold", type=float, default=5.0, metavar="PERCENT",
                         help="smallest change of a time or a speed that counts (default: 5)")
-    parser.add_argument("--all", action="store_true", help="show also what is the same or in one of them only")
-    arguments = parser.parse_args(argv)
-    return compare(arguments.a, arguments.b, arguments.threshold, arguments.all)
-
-
-def compare(a: Path, b: Path, threshold: float = THRESHOLD, everything: bool = False) -> int:
-    """Prints versions, changes and a summary; the exit code. UserError, one line: a folder that holds no result, two machines,
-    or a quick run. `threshold`: percent."""
-    from rich.console import Console
-
-    if not 0 <= threshold < math.inf:
-        raise UserError(f"--threshold {threshold}: percent, 0 or more")
-    facts_a, rows_a = checked(a)
-    facts_b, rows_b = checked(b)
-    same_machine(a, facts_a, b, facts_b)
-    changes = matched(rows_a, rows_b, threshold)
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-    console.print(f"A: {a}\nB: {b}", markup=False)
-    console.print(versions(facts_a, facts_b))
-    shown = [change for change in changes if everything or change.verdict not in ("same", *ONLY)]
-    if shown:
-        console.print(table(shown))
-    console.print(summary(changes, threshold), style="bold", markup=False, soft_wrap=True)
+    given = parser.parse_args(argv)
+    if not 0 <= given.threshold < math.inf:
+        raise UserError(f"--threshold {given.threshold}: percent, 0 or more")
+    (facts_a, rows_a), (facts_b, rows_b) = read_results(given.a), read_results(given.b)
+    same_machine(given.a, facts_a, given.b, facts_b)
+    changes = matched(rows_a, rows_b, given.threshold)
+    show = partial(console_of().print, markup=False, soft_wrap=True)
+    show(f"A: {given.a}\nB: {given.b}")
+    for name in (name for name in facts_a | facts_b if facts_a.get(name) != facts_b.get(name)):
+        show(f"{name}: {facts_a.get(name)}, now {facts_b.get(name)}")
+    for change in changes:
+        if change.verdict in COLOURS:
+            show(str(change), style=COLOURS[change.verdict] if change.decides else "dim")
+    show(summary(changes, given.threshold), style="bold")
     return int(any(change.verdict in WORSE and change.decides for change in changes))
-
-
-# ---- what may be compared --------------------------------------------------------------------------------------------
-
-
-def checked(folder: Path) -> tuple[dict[str, Any], list[Row]]:
-    """A result folder whose every row is as the schema says. UserError, one line, for any other."""
-    try:
-        facts, rows = read_results(folder)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    keys = [row.key for row in rows]
-    for row, count in zip(rows, map(Counter(keys).__getitem__, keys)):
-        if said := (f"{count} rows of this key" if count > 1 else fault(row)):
-            raise UserError(f"{folder}: row {' '.join(map(str, row.key))}: {said}; measure it anew with bench/run.py --out")
-    return facts, rows
-
-
-def fault(row: Row) -> str:
-    """What is wrong with it; nothing, mostly."""
-    numbers = [value for value in (row.value, row.p20, row.p80, row.low, row.high) if value is not None]
-    if not all(isinstance(text, str) for text in (*row.key, row.unit, row.note)):
-        return "a name is no text"
-    if row.status not in get_args(Status):
-        return f"status {row.status!r} is none of {', '.join(get_args(Status))}"
-    if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers):
-        return "a number is none"
-    if (row.value is None) != (row.status == "failed") or (row.p20 is None) != (row.p80 is None):
-        return "a number is missing"
-    return ""
 
 
 def same_machine(a: Path, facts_a: Mapping[str, Any], b: Path, facts_b: Mapping[str, Any]) -> None:
     """UserError unless times of these two folders can be compared."""
     for folder, facts in ((a, facts_a), (b, facts_b)):
-        missing = [name for name in (*SAME, "quick") if name not in facts and name not in OF_A_GPU]
-        if missing:
-            raise UserError(f"{folder}: its environment lacks {', '.join(missing)}: of another version; measure it anew")
-        if facts["quick"]:
+        if facts.get("quick"):
             raise UserError(f"{folder} is from --quick, whose numbers mean nothing: measure without it")
-    other = [name for name in SAME if facts_a.get(name) != facts_b.get(name)]
+    other = [f"{name} {facts_a.get(name)} and {facts_b.get(name)}" for name in SAME if facts_a.get(name) != facts_b.get(name)]
     if other:
-        said = "; ".join(f"{name} {facts_a.get(name)} and {facts_b.get(name)}" for name in other)
-        raise UserError(f"{a} and {b} are not of one machine and set-up: {said}: measure both on one")
+        raise UserError(f"{a} and {b} are not of one machine and set-up: {'; '.join(other)}: measure both on one")
 
 
-# ---- two rows --------------------------------------------------------------------------------------------------------
+class Change(NamedTuple):
+    """`row`: b's, or a's where it is only there."""
 
-
-@dataclass(frozen=True)
-class Change:
     a: Row | None
     b: Row | None
+    row: Row
     verdict: str
-
-    @property
-    def row(self) -> Row:
-        found = self.b or self.a
-        assert found is not None
-        return found
 
     @property
     def decides(self) -> bool:
         """Whether it is about our program."""
-        if self.row.suite == "reproduce":
-            return self.row.variant in ("ours", "dopsd")
-        return not PEER.match(self.row.variant)
+        variant = self.row.variant
+        return variant in ("ours", "dopsd") if self.row.suite == "reproduce" else not PEER.match(variant)
 
-    @property
-    def percent(self) -> str:
-        if not (self.a and self.b) or self.a.value is None or self.b.value is None:
-            return ""
-        if self.a.value == 0:
-            return "" if self.b.value == 0 else "from 0"
-        change = 100 * (self.b.value - self.a.value) / abs(self.a.value)
-        return f"{change:+,.1f} %" if abs(change) < 1e4 else f"x {digits(self.b.value / self.a.value)}"
+    def __str__(self) -> str:
+        before, after = (" ".join(read(row)).rstrip() if row else "" for row in (self.a, self.b))
+        a, b = (row.value if row else None for row in (self.a, self.b))
+        percent = f" ({100 * (b - a) / abs(a):+,.1f} %)" if a and b is not None else ""
+        why = f": {self.row.note}" if self.row.status != "ok" else ""
+        return f"{self.verdict}: {' '.join(self.row.key)}: {before}, now {after}{percent}{why}"
 
 
 def matched(rows_a: Sequence[Row], rows_b: Sequence[Row], threshold: float) -> list[Change]:
@@ -176,100 +106,44 @@ def matched(rows_a: Sequence[Row], rows_b: Sequence[Row], threshold: float) -> l
     changes = []
     for row in rows_b:
         old = before.pop(row.key, None)
-        changes.append(Change(old, row, "only in B" if old is None else verdict(old, row, threshold)))
-    return changes + [Change(row, None, "only in A") for row in before.values()]
+        changes.append(Change(old, row, row, "only in B" if old is None else verdict(old, row, threshold)))
+    return changes + [Change(row, None, row, "only in A") for row in before.values()]
 
 
 def verdict(a: Row, b: Row, threshold: float) -> str:
-    """Of one row measured twice: same, faster, slower, better, worse, fell back, failed, measured now."""
-    if b.value is None:
-        return "same" if a.value is None else "failed"
-    if a.value is None:
-        return "measured now"
+    """Of one row measured twice; `threshold` in percent."""
+    if a.value is None or b.value is None:
+        return "same" if a.value == b.value else "failed" if b.value is None else "measured now"
     if (a.status, b.status) == ("ok", "fallback"):
         return "fell back"
-    if NEUTRAL.fullmatch(b.metric) or not differs(a, b, threshold):
+    what = kind(b)
+    limit = {"error": 1.0, "count": 1e-3}.get(what, threshold / 100)
+    far = abs(b.value - a.value) > limit * min(abs(a.value), abs(b.value))
+    if NEUTRAL.fullmatch(b.metric) or not far or overlap(a, b):
         return "same"
-    gained = (b.value > a.value) == bool(HIGHER.search(b.metric) or KEPT.fullmatch(b.metric) or b.unit.endswith("/s"))
-    if timed(b):
-        return "faster" if gained else "slower"
-    return "better" if gained else "worse"
+    gained = (b.value > a.value) == bool(b.unit.endswith("/s") or SPEED.search(b.metric) or MORE.fullmatch(b.metric))
+    return ("slower", "faster")[gained] if what == "speed" else ("worse", "better")[gained]
 
 
-def timed(row: Row) -> bool:
-    """Whether it is a time or made of times."""
-    if MEMORY.fullmatch(row.metric) or ERROR.search(row.metric):
-        return False
-    return row.unit in (*TIMES, "x") or row.unit.endswith("/s") or bool(HIGHER.search(row.metric))
+def kind(row: Row) -> str:
+    """Of "error", "memory", "speed" and "count": how far its values are from each other when they are not the same."""
+    if ERROR.search(row.metric):
+        return "error"
+    if MEMORY.fullmatch(row.metric):
+        return "memory"
+    return "speed" if row.unit in ("s", "x") or row.unit.endswith("/s") or SPEED.search(row.metric) else "count"
 
 
-def differs(a: Row, b: Row, threshold: float) -> bool:
-    """Whether the second value is another one."""
-    assert a.value is not None and b.value is not None
-    low, high = sorted((abs(a.value), abs(b.value)))
-    if a.value == b.value:
-        return False
-    if b.metric != "claim" and a.low is not None and a.high is not None and b.low is not None and b.high is not None:
-        return a.high < b.low or b.high < a.low
-    if low == 0 or (a.value < 0) != (b.value < 0):
-        return True
-    if ERROR.search(b.metric):
-        return high > ERROR_FACTOR * low
-    if not (timed(b) or MEMORY.fullmatch(b.metric)):
-        return high - low > COUNT_SHARE * abs(a.value)
-    if 100 * (high - low) <= threshold * abs(a.value):
-        return False
-    if a.p20 is None or a.p80 is None or b.p20 is None or b.p80 is None:
-        return True
-    return a.p80 < b.p20 or b.p80 < a.p20
-
-
-# ---- what is printed -------------------------------------------------------------------------------------------------
-
-
-def versions(facts_a: Mapping[str, Any], facts_b: Mapping[str, Any]) -> Table:
-    """Commit and versions; what is the same on one line."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    found = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    for name in ("", "A", "B"):
-        found.add_column(name, overflow="fold")
-    names = [name for name in PROGRAM if facts_a.get(name) or facts_b.get(name)]
-    for name in names:
-        old, new = (str(facts.get(name) or "none") for facts in (facts_a, facts_b))
-        found.add_row(name, Text(old), Text("the same" if old == new else new, style="dim" if old == new else "bold"))
-    loads = [facts.get("load") for facts in (facts_a, facts_b)]
-    if all(isinstance(load, list) and load for load in loads):
-        found.add_row("load at the start", *(f"{load[0]:.1f}" for load in loads if load))
-    return found
-
-
-def table(changes: Sequence[Change]) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    found = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    for name in ("suite", "case", "variant", "metric"):
-        found.add_column(name, overflow="fold")
-    for name in ("A", "B", "change", "verdict"):
-        found.add_column(name, justify="right", overflow="fold")
-    for change in changes:
-        cells = ["" if row is None else "\n".join(filter(None, read(row))) for row in (change.a, change.b)]
-        said = Text(change.verdict, style=COLOURS.get(change.verdict, "") if change.decides else "dim")
-        found.add_row(*map(Text, (*change.row.key, *cells, change.percent)), said)
-        notes = [row.note for row in (change.b, change.a) if row and row.status != "ok" and row.note]
-        if notes and change.verdict != "same":
-            found.add_row("", Text(notes[0], style="dim"))
-    return found
+def overlap(*rows: Row) -> bool:
+    """Whether both have an interval, and these meet. A claim's is that of a ratio, not of its verdict."""
+    ends: Any = [(row.low, row.high) if row.p20 is None else (row.p20, row.p80) for row in rows if row.metric != "claim"]
+    known = bool(ends) and not any(None in pair for pair in ends)
+    return known and max(low for low, _ in ends) <= min(high for _, high in ends)
 
 
 def summary(changes: Sequence[Change], threshold: float) -> str:
-    """One line."""
     ours = Counter(change.verdict for change in changes if change.decides)
     others = sum(change.verdict in BETTER + WORSE for change in changes if not change.decides)
-    counts = [f"{ours[name]} {name}" for name in (*WORSE, *BETTER, "same", *ONLY) if ours[name]]
+    counts = [f"{ours[name]} {name}" for name in (*WORSE, *BETTER, "same", "only in A", "only in B") if ours[name]]
     peers = f"; of peers and ceilings {others} changed" if others else ""
     return f"ours, beyond {threshold:g} % and the spread: {', '.join(counts) or 'no rows'}{peers}"
