@@ -106,9 +106,8 @@ class Cached:
 def measure(options: Options) -> Iterator[Row]:
     """Rows as they are found."""
     model = Model(options.model, options.device)
-    standard = model.standard
-    chosen = read_records(DataSettings(), 1).records[: standard.batch]
-    records = [(next(iter(one.prompts.values())), (one.images[0], standard.pixels, standard.pixels)) for one in chosen]
+    side, chosen = model.standard.pixels, read_records(DataSettings(), 1).records[: model.standard.batch]
+    records = [(next(iter(one.prompts.values())), (one.images[0], side, side)) for one in chosen]
     contest = Contest(SUITE, f"contexts{{}}{model.suffix}", options, "seconds_per_batch")
     row = contest.row
     seconds: dict[str, Sequence[float]] = {}
