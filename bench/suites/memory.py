@@ -189,7 +189,8 @@ def alive(counted: Counted, checkpoint: bool, layers: int) -> tuple[int, int]:
     adapter = Adapter(standard.rank, standard.alpha) if counted.kind == "lora" else None
     with building("meta", model.dtype):
         sigmas = [1.0, *[0.0] * standard.states]
-        step = ReferenceStep(family.meta_transformer(), sigmas, adapter=adapter, ema_dtype=None, gradient_checkpointing=checkpoint)
+        step = ReferenceStep(family.meta_transformer(), sigmas, adapter=adapter, ema_dtype=None,
+                             gradient_checkpointing=checkpoint)
         noise = torch.empty(standard.batch, *shapes.latent)
         conditions = [[Condition(torch.empty(texts["text"]))] * standard.batch for texts in (shapes.student, shapes.teacher)]
     with on_meta(False), mock.patch.object(torch.Tensor, "item", lambda tensor: 0.0), LiveBytes() as live:
