@@ -1,4 +1,4 @@
-"""Suite `step`: its peers, what it counts, and what it says of what failed, fell back or does not fit. bench/full_size.py."""
+"""Suite `step`: its peers, what it counts, and what it says of what failed, fell back or does not fit."""
 
 import math
 from collections import Counter

@@ -86,18 +86,17 @@ def ends(options: Options) -> dict[str, str]:
 
 
 def compared(case: str, options: Options, added: str, peers: Sequence[str], find: Callable[[str, str], Sizes],
-             remarks: Mapping[str, str]) -> Generator[Row, None, dict[tuple[str, str], Sizes]]:
-    """Rows of the peers and of ours, and of ours over R1 and R2. Gives what was found by (variant, end of the case's name).
+             remarks: Mapping[str, str]) -> Generator[Row, None, dict[tuple[str, str], tuple[float, float]]]:
+    """Rows of the peers and of ours, and of ours over R1 and R2. Gives both sizes by (variant, end of the case's name).
 
     case: with places for a peer and the end. added: what the metrics of what a step adds are called."""
-    found: dict[tuple[str, str], Sizes] = {}
-    metrics = ("peak", added)
+    found, metrics = dict[tuple[str, str], tuple[float, float]](), ("peak", added)
     for name, end, policy in [*((peer, "", "keep") for peer in peers), *(("ours", *pair) for pair in ends(options).items())]:
         contest = Contest(SUITE, case.format("{}", end), options)
         say(f"{SUITE}: {contest.place()}, {name}")
         try:
-            found[name, end] = find(name, policy)
-            contest.notes[name] = found[name, end][2]
+            peak, more, contest.notes[name] = find(name, policy)
+            found[name, end] = peak, more
             for metric, size in zip(metrics, found[name, end]):
                 yield contest.row(name, f"{metric}_bytes", "B", size, remarks.get(name, ""))
         except Exception as error:
