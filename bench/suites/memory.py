@@ -60,7 +60,7 @@ def measure(options: Options) -> Iterator[Row]:
     for kind in options.kinds:
         step, case = Counted(kind, model), f"{kind}{{}}{{}}{model.suffix}"
         find: Callable[..., Sizes] = functools.partial(allocated, kind, options) if cuda else step.sizes
-        remarks = {} if cuda else dict.fromkeys(["ours", *peers], "counted")
+        remarks = {} if cuda else {(name, metric): "counted" for name in ("ours", *peers) for metric in ("peak", "step")}
         found = yield from compared(case, options, "step", peers, find, remarks)
         for end, policy in ends(options).items():
             place = case.format("", end)
@@ -77,7 +77,7 @@ def measure(options: Options) -> Iterator[Row]:
 def counted(kind: str, options: Options) -> Iterator[Row]:
     """Of Z-Image at full size, as on a GPU, though none is asked for."""
     step = Counted(kind, Model("zimage-turbo", torch.device("cuda")), published=True)
-    remarks = {"R1": f"{ENCODERS / 1e9:.1f} GB encoders"}
+    remarks = {("R1", "peak"): f"{ENCODERS / 1e9:.1f} GB encoders"}
     yield from compared(f"{kind}{{}}@full_size{{}}", options, "activation", ["R1", "R2"], step.sizes, remarks)
 
 
@@ -86,7 +86,7 @@ def ends(options: Options) -> dict[str, str]:
 
 
 def compared(case: str, options: Options, added: str, peers: Sequence[str], find: Callable[[str, str], Sizes],
-             remarks: Mapping[str, str]) -> Generator[Row, None, dict[tuple[str, str], tuple[float, float]]]:
+             remarks: Mapping[tuple[str, str], str]) -> Generator[Row, None, dict[tuple[str, str], tuple[float, float]]]:
     """Rows of the peers and of ours, and of ours over R1 and R2. Gives both sizes by (variant, end of the case's name).
 
     case: with places for a peer and the end. added: what the metrics of what a step adds are called."""
@@ -98,7 +98,7 @@ def compared(case: str, options: Options, added: str, peers: Sequence[str], find
             peak, more, contest.notes[name] = find(name, policy)
             found[name, end] = peak, more
             for metric, size in zip(metrics, found[name, end]):
-                yield contest.row(name, f"{metric}_bytes", "B", size, remarks.get(name, ""))
+                yield contest.row(name, f"{metric}_bytes", "B", size, remarks.get((name, metric), ""))
         except Exception as error:
             for metric in metrics:
                 yield failed(SUITE, contest.place(), name, f"{metric}_bytes", "B", error)

@@ -40,18 +40,19 @@ class Room:
             self.layers, self.ours = self.layers if depth == whole else depth, self.planned(depth, self.masters)
         self.all_together = self.beside_ours(*peers)
 
-    def planned(self, layers: int, masters: str) -> tuple[float, ...]:
-        """Of ours. It follows from few layers, since both sizes are affine in them."""
-        work, width, few = self.work, self.config["cap_feat_dim"], []
+    def planned(self, layers: int, masters: str) -> tuple[float, float]:
+        """Of ours. It follows from 2 layers and all: the plan is convex in the depth, so what lies between is not more."""
+        work, width, ends = self.work, self.config["cap_feat_dim"], []
         texts = [{"text": (tokens, width)} for tokens in (work.model.standard.text_tokens, work.model.standard.teacher_tokens)]
         shapes = Shapes(work.family.latent_shape(work.pixels, work.pixels), *texts)
         settings, family = settings_of(self.kind, work, train={"masters": masters}), copy.copy(work.family)
-        for depth in (2, 3):
+        for depth in (2, whole := self.config["n_layers"]):
             family.transformer_config = family.transformer_config | {"n_layers": depth}
             plan = make_plan(settings, Machine(1, 1, None, None, "cuda"), family, shapes)
             held = sum(plan.worst.device[name] for name in ("weights", "masters", "moments", "EMA", "CUDA context"))
-            few.append((held, plan.device_peak - held))
-        return tuple(a + (b - a) * (layers - 2) for a, b in zip(*few))
+            ends.append((held, plan.device_peak - held))
+        held, taken = (a + (b - a) * (layers - 2) / max(whole - 2, 1) for a, b in zip(*ends))
+        return held, taken
 
     def peer(self, name: str) -> tuple[float, float]:
         work, config = self.work, self.config
