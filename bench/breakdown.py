@@ -9,11 +9,12 @@
     idle           none of these runs
 
 They add up to the step: of several that run at once, the first in this order takes the time. On a GPU a part is its kernels,
-on any stream, and `idle` is a GPU without work. On a CPU a part is its operators' own time, without the operators that they
-call; `idle` is Python, dispatch and the autograd engine, and the whole of the optimizer's call is the optimizer's, since its
-native code is no operator.
+on any stream, and `idle` is a GPU without work. On a CPU a part is its operators' own time on the step's thread, without the
+operators that they call; `idle` is Python, dispatch and the autograd engine, and the whole of the optimizer's call is the
+optimizer's, since its native code is no operator. The trace is written, gzipped, as torch.profiler exports it.
 
-The trace is written as torch.profiler exports it (for Chrome's tracing page or perfetto.dev), gzipped from 4 MiB on.
+Rows of "lora" or "full", "ours" and "R1": seconds_<part> and share_<part>, seconds_per_step (profiled), profiler_overhead (that
+over the step without profiler); on a GPU also seconds_launch, which passes at the same time, and launches_per_step.
 """
 
 from __future__ import annotations
@@ -22,41 +23,31 @@ import gzip
 import json
 import os
 import re
-import shutil
-from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from statistics import median
+from typing import Any
 from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.clock import interleaved, summary, synchronize
-from bench.harness import free
+from bench.clock import interleaved, synchronize
+from bench.harness import Contest, free
 from bench.live import say
-from bench.results import Options, Row, Status, failed
-
-if TYPE_CHECKING:
-    from bench.suites.workload import Workload
+from bench.results import Options, Row, failed
 
 SUITE = "profile"
-WORK = ("gemm", "attention", "elementwise", "optimizer", "communication", "other")
-PARTS = (*WORK, "idle")
-"""Metrics `seconds_<part>` and `share_<part>`; the shares of a step sum to 1."""
-VARIANTS = ("ours", "R1")
+PARTS = ("gemm", "attention", "elementwise", "optimizer", "communication", "other", "idle")
 STEP, OPTIMIZER = "bench::step", "bench::optimizer"
 """Names of the trace's ranges: one whole step, and what belongs to the optimizer in it."""
-LARGE = 4 << 20
-
-Marks = Sequence[tuple[Any, str]]
-"""Object and name of the callables that are the optimizer's."""
-
-
-# ---- what a kernel and an operator are -------------------------------------------------------------------------------
+NOTES = {f"{what}_communication": "one rank: the calls alone, nothing is sent" for what in ("seconds", "share")} | {
+    "seconds_launch": "CPU time, while kernels run or not: no part of the sum"}
+Event = Mapping[str, Any]
+Span = tuple[float, float, str]
+"""Microseconds at which it starts and ends, and its part."""
 
 KERNELS = (
     ("communication", r"nccl|rccl|allreduce|all_reduce|allgather|all_gather|reducescatter|reduce_scatter"),
@@ -84,285 +75,156 @@ OPERATORS = (
     ("", r"backward\d*$|^autograd::|^torch::autograd|^(?!.*::)"),
 )
 """The same for operators; "": no work of its own, its time is its caller's."""
-
 LAUNCH = re.compile(r"launch|memcpy|memset", re.IGNORECASE)
-_KERNELS = [(part, re.compile(pattern)) for part, pattern in KERNELS]
-_OPERATORS = [(part, re.compile(pattern)) for part, pattern in OPERATORS]
 
 
-def kernel_part(name: str) -> str:
-    """The part of a GPU kernel, copy or fill."""
-    name = name.lower()
-    return next((part for part, pattern in _KERNELS if pattern.search(name)), "other")
+def part_of(name: str, rules: Sequence[tuple[str, str]]) -> str:
+    """Of a GPU kernel, copy or fill by KERNELS, of a CPU operator by OPERATORS; "" for one that only calls others or looks at
+    tensors."""
+    return next((part for part, pattern in rules if re.search(pattern, name.lower())), "other")
 
 
-def operator_part(name: str) -> str:
-    """The part of a CPU operator; "" for one that only calls others or looks at tensors."""
-    name = name.lower()
-    return next((part for part, pattern in _OPERATORS if pattern.search(name)), "other")
+def break_down(events: Iterable[Event]) -> dict[str, float]:
+    """The metrics of a step, the mean of all in the trace. `events`: "traceEvents" of an exported one with STEP and OPTIMIZER
+    ranges. ValueError: no step in it."""
+    of: dict[str, list[Event]] = defaultdict(list)
+    for event in events:
+        if event.get("ph") == "X":
+            of[event.get("cat", "")].append(event)
+    steps = [event for event in of["user_annotation"] if event["name"] == STEP]
+    if not steps:
+        raise ValueError(f"the trace has no range {STEP!r}")
+    windows = [(step["ts"], step["ts"] + step["dur"]) for step in steps]
+    device = [*of["kernel"], *of["gpu_memcpy"], *of["gpu_memset"]]
+    calls = [*of["cuda_runtime"], *of["cuda_driver"]]
+    if device:
+        spans = device_spans(device, calls, of["user_annotation"])
+        parts = [occupied(spans, *window) for window in windows]
+    else:
+        thread = [event for event in of["cpu_op"] + of["user_annotation"] if event.get("tid") == steps[0].get("tid")]
+        parts = [host_times(thread)]
+    seconds = {part: sum(times[part] for times in parts) / 1e6 / len(steps) for part in PARTS}
+    found = {"seconds_per_step": (total := sum(seconds.values()))}
+    found |= {f"seconds_{part}": value for part, value in seconds.items()}
+    found |= {f"share_{part}": value / total for part, value in seconds.items()}
+    if device:
+        launches = [event["dur"] for event in within(calls, windows) if LAUNCH.search(event["name"])]
+        found |= {"seconds_launch": sum(launches) / 1e6 / len(steps),
+                  "launches_per_step": len(within(device, windows)) / len(steps)}
+    return found
 
 
-# ---- intervals -------------------------------------------------------------------------------------------------------
+def within(events: Iterable[Event], windows: Sequence[tuple[float, float]]) -> list[Event]:
+    return [event for event in events if any(start <= event["ts"] < end for start, end in windows)]
 
 
-class Span(NamedTuple):
-    """Microseconds."""
-
-    start: float
-    end: float
-    part: str
+def device_spans(kernels: Iterable[Event], calls: Iterable[Event], ranges: Iterable[Event]) -> list[Span]:
+    """Kernels by name; those that were launched inside an OPTIMIZER range are the optimizer's, communication left out."""
+    regions = [(event["ts"], event["ts"] + event["dur"]) for event in ranges if event["name"] == OPTIMIZER]
+    theirs = {call["args"]["correlation"] for call in within(calls, regions) if "correlation" in call.get("args", {})}
+    found = []
+    for kernel in kernels:
+        part = part_of(kernel["name"], KERNELS)
+        if part != "communication" and kernel.get("args", {}).get("correlation") in theirs:
+            part = "optimizer"
+        found.append((kernel["ts"], kernel["ts"] + kernel["dur"], part))
+    return found
 
 
 def occupied(spans: Iterable[Span], start: float, end: float) -> dict[str, float]:
     """Microseconds of `start` ... `end` by part, "idle" included; together end - start. Of spans that overlap, the part that
     is first in PARTS takes the time."""
-    order = {part: place for place, part in enumerate(PARTS)}
-    changes: list[tuple[float, int, int]] = []
-    for span in spans:
-        a, b = max(span.start, start), min(span.end, end)
-        if a < b:
-            changes += [(a, order[span.part], 1), (b, order[span.part], -1)]
-    changes.sort()
+    changes = [(end, 0, 0)]
+    for begin, stop, part in spans:
+        a, b, place = max(begin, start), min(stop, end), PARTS.index(part)
+        changes += [(a, place, 1), (b, place, -1)] if a < b else []
     found, running, at = dict.fromkeys(PARTS, 0.0), [0] * len(PARTS), start
-    for time, place, change in [*changes, (end, 0, 0)]:
-        if time > at:
-            found[next((part for part, count in zip(PARTS, running) if count), "idle")] += time - at
-            at = time
+    for time, place, change in sorted(changes):
+        found[next((part for part, count in zip(PARTS, running) if count), "idle")] += time - at
         running[place] += change
+        at = time
     return found
 
 
-def own_time(events: Iterable[Span]) -> list[Span]:
-    """Nested spans of one thread -> spans that do not overlap, each of the innermost that is running there.
+def host_times(events: Iterable[Event]) -> dict[str, float]:
+    """Microseconds by part of what one thread does in STEP ranges, without what each event calls.
 
-    A span without a part ("") has its caller's; attention's and the optimizer's keep what they call, but for communication.
+    An event without a part ("") has its caller's; attention's and the optimizer's keep what they call, but for communication.
     """
-    found: list[Span] = []
-    stack: list[Span] = []
-    at = 0.0
-
-    def advance(to: float) -> None:
-        nonlocal at
-        if stack and stack[-1].part and to > at:
-            found.append(Span(at, to, stack[-1].part))
-        at = max(at, to)
-
-    for event in sorted(events, key=lambda span: (span.start, -span.end)):
-        while stack and stack[-1].end <= event.start:
-            advance(stack[-1].end)
+    found, stack = dict.fromkeys(PARTS, 0.0), list[Span]()
+    for event in sorted(events, key=lambda one: (one["ts"], -one["dur"])):
+        name, start, end = event["name"], event["ts"], event["ts"] + event["dur"]
+        part = {STEP: "idle", OPTIMIZER: "optimizer"}.get(name) or part_of(name, OPERATORS)
+        while stack and stack[-1][1] <= start:
             stack.pop()
-        advance(event.start)
-        part, caller = event.part, stack[-1] if stack else None
-        if caller is not None:
-            if not part or (caller.part in ("attention", "optimizer") and part != "communication"):
-                part = caller.part
-            event = event._replace(end=min(event.end, caller.end))  # clocks are read a little apart
-        stack.append(event._replace(part=part))
-    while stack:
-        advance(stack[-1].end)
-        stack.pop()
+        if stack:
+            _, last, caller = stack[-1]
+            end = min(end, last)  # clocks are read a little apart
+            if not part or (caller in ("attention", "optimizer") and part != "communication"):
+                part = caller
+            found[caller] -= end - start
+        elif name != STEP:
+            continue
+        found[part] += end - start
+        stack.append((start, end, part))
     return found
-
-
-# ---- traces ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Breakdown:
-    """Of one step, the mean of all in the trace.
-
-    seconds  by part, PARTS; together the step's
-    launch   seconds that the CPU spends in calls that launch kernels and copies, at the same time as the above; None on a CPU
-    kernels  launched; None on a CPU
-    steps    how many the trace holds
-    """
-
-    seconds: dict[str, float]
-    launch: float | None
-    kernels: float | None
-    steps: int
-
-    @property
-    def total(self) -> float:
-        return sum(self.seconds.values())
-
-    @property
-    def shares(self) -> dict[str, float]:
-        return {part: seconds / self.total for part, seconds in self.seconds.items()}
-
-
-DEVICE_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
-RUNTIME_CATEGORIES = ("cuda_runtime", "cuda_driver")
-
-
-def break_down(events: Sequence[Mapping[str, Any]]) -> Breakdown:
-    """`events`: "traceEvents" of an exported trace with STEP and OPTIMIZER ranges. ValueError: no step in it."""
-    by_category: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for event in events:
-        if event.get("ph") == "X":
-            by_category[event.get("cat", "")].append(event)
-    windows = [(e["ts"], e["ts"] + e["dur"]) for e in by_category["user_annotation"] if e["name"] == STEP]
-    if not windows:
-        raise ValueError(f"the trace has no range {STEP!r}")
-    on_device = [event for category in DEVICE_CATEGORIES for event in by_category[category]]
-    runtime = [event for category in RUNTIME_CATEGORIES for event in by_category[category]]
-    spans = device_spans(on_device, runtime, by_category["user_annotation"]) if on_device else host_spans(by_category)
-    sums = dict.fromkeys(PARTS, 0.0)
-    for window in windows:
-        for part, time in occupied(spans, *window).items():
-            sums[part] += time
-    launch = kernels = None
-    if on_device:
-        calls = [e for e in runtime if LAUNCH.search(e["name"]) and inside(e["ts"], windows)]
-        launch = sum(event["dur"] for event in calls) / 1e6 / len(windows)
-        kernels = sum(inside(event["ts"], windows) for event in on_device) / len(windows)
-    seconds = {part: time / 1e6 / len(windows) for part, time in sums.items()}
-    return Breakdown(seconds, launch, kernels, len(windows))
-
-
-def inside(time: float, windows: Sequence[tuple[float, float]]) -> bool:
-    return any(start <= time < end for start, end in windows)
-
-
-def device_spans(
-    kernels: Iterable[Mapping[str, Any]], runtime: Iterable[Mapping[str, Any]], ranges: Iterable[Mapping[str, Any]]
-) -> list[Span]:
-    """Kernels by name; those that were launched inside an OPTIMIZER range are the optimizer's, communication left out."""
-    regions = sorted((e["ts"], e["ts"] + e["dur"]) for e in ranges if e["name"] == OPTIMIZER)
-    starts = [start for start, _ in regions]
-    launched = {e["args"]["correlation"]: e["ts"] for e in runtime if "correlation" in e.get("args", {})}
-    found = []
-    for event in kernels:
-        part, called = kernel_part(event["name"]), launched.get(event.get("args", {}).get("correlation"))
-        if called is not None and part != "communication":
-            place = bisect_right(starts, called) - 1
-            if place >= 0 and called < regions[place][1]:
-                part = "optimizer"
-        found.append(Span(event["ts"], event["ts"] + event["dur"], part))
-    return found
-
-
-def host_spans(by_category: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Span]:
-    """Operators' own time on every thread."""
-    threads: dict[tuple[Any, Any], list[Span]] = defaultdict(list)
-    for category in ("cpu_op", "user_annotation"):
-        for event in by_category.get(category, ()):
-            name = event["name"]
-            part = "" if name == STEP else "optimizer" if name == OPTIMIZER else operator_part(name)
-            threads[event.get("pid"), event.get("tid")].append(Span(event["ts"], event["ts"] + event["dur"], part))
-    return [span for spans in threads.values() for span in own_time(spans)]
 
 
 # ---- the step --------------------------------------------------------------------------------------------------------
 
 
 def profile_step(options: Options, out: Path) -> Iterator[Row]:
-    """Rows of suite "profile" for options.kinds, "ours" and "R1"; traces in `out`/profile/<kind>-<variant>.json or .json.gz.
+    """Rows of options.kinds; traces in `out`/profile/<kind>-<variant>.json.gz."""
+    from bench.suites.workload import OurStep, PeerStep, Workload
 
-    case "lora" or "full"; seconds_<part> and share_<part> for PARTS, seconds_per_step (profiled), profiler_overhead (that
-    over the step without profiler); on a GPU also seconds_launch and launches_per_step.
-    """
-    from bench.suites.workload import Workload
-
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells of every start and stop on the terminal
-    work = Workload(options)
+    work, rounds = Workload(options), options.repeats(3, 1, 1)
     for kind in options.kinds:
-        for variant in VARIANTS:
-            case = f"{kind}{work.suffix}"
-            say(f"profile: {kind}, {variant}")
+        contest = Contest(SUITE, f"{kind}{{}}{work.suffix}", options)
+        for name in ("ours", "R1"):
+            say(f"{SUITE}: {kind}, {name}")
             work.forget_encoders()
             try:
-                yield from profile_variant(case, kind, variant, work, out / "profile" / f"{kind}-{variant}.json")
+                one: Any = OurStep(kind, work) if name == "ours" else PeerStep(name, kind, work)
+                contest.notes[name] = one.fell_back()
+                plain = interleaved({"": one.step}, max(rounds, 2), 1 if options.quick else 3, options.device)[""]
+                found = break_down(traced(one, out / "profile" / f"{kind}-{name}.json.gz", options.device, rounds))
+                found["profiler_overhead"] = found["seconds_per_step"] / median(plain)
+                for metric, value in found.items():
+                    unit = "s" if metric.startswith("seconds") else "x" if metric == "profiler_overhead" else ""
+                    yield contest.row(name, metric, unit, value, NOTES.get(metric, f"mean of {rounds} profiled"))
             except Exception as error:
-                yield failed(SUITE, case, variant, "seconds_per_step", "s", error)
+                yield failed(SUITE, contest.place(), name, contest.seconds, "s", error)
+            one = None
             free(options.device)
 
 
-def profile_variant(case: str, kind: str, variant: str, work: Workload, file: Path) -> list[Row]:
-    from bench.suites.workload import OurStep, PeerStep
-
-    if variant == "ours":
-        ours = OurStep(kind, work)
-        subject: OurStep | PeerStep = ours
-        marks: Marks = [(ours.engine, "step")]
-    else:
-        theirs = PeerStep(variant, kind, work)
-        subject, reference = theirs, theirs.reference
-        marks = [(reference.optimizer, "step"), (reference, "update_teacher"), (torch.nn.utils, "clip_grad_norm_")]
-    try:
-        found, plain = record(subject.step, marks, file, work.options)
-        return tabulate(case, variant, found, plain, subject.fell_back())
-    finally:
-        subject.close()
-
-
-def record(call: Callable[[], Any], marks: Marks, file: Path, options: Options) -> tuple[Breakdown, float]:
-    """The breakdown of `call`, one training step, and its seconds without profiler; the trace is written to `file`, with .gz
-    behind its name if it is large."""
-    device, steps = options.device, options.repeats(3, 1, 1)
-    plain = summary(interleaved({"plain": call}, max(steps, 2), 1 if options.quick else 3, device)["plain"])["value"]
-    return break_down(traced(call, marks, file, device, steps)), plain
-
-
-def traced(
-    call: Callable[[], Any], marks: Marks, file: Path, device: torch.device, steps: int = 1
-) -> list[Mapping[str, Any]]:
-    """The events of `steps` calls under the profiler, also written to `file`, with .gz behind its name if they are many."""
+def traced(one: Any, file: Path, device: torch.device, steps: int = 1) -> list[Event]:
+    """The events of `steps` training steps of `one` under the profiler, also written to `file`, which ends in .gz."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells of every start and stop on the terminal
+    marks = [(one.engine, "step")] if hasattr(one, "engine") else [
+        (one.reference.optimizer, "step"), (one.reference, "update_teacher"), (torch.nn.utils, "clip_grad_norm_")]
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with marked(marks, device), profile(activities=activities) as recorded:
         for _ in range(steps):
             with record_function(STEP):
-                call()
+                one.step()
                 synchronize(device)
     file.parent.mkdir(parents=True, exist_ok=True)
-    for old in (file, file.with_name(f"{file.name}.gz")):
-        old.unlink(missing_ok=True)
     recorded.export_chrome_trace(str(file))
-    events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
-    if file.stat().st_size >= LARGE:
-        with file.open("rb") as source, gzip.open(f"{file}.gz", "wb", compresslevel=6) as target:
-            shutil.copyfileobj(source, target)
-        file.unlink()
-    return events
+    with gzip.open(file, "rt", encoding="utf-8") as text:
+        return json.load(text)["traceEvents"]
 
 
 @contextmanager
-def marked(marks: Marks, device: torch.device) -> Iterator[None]:
+def marked(marks: Sequence[tuple[Any, str]], device: torch.device) -> Iterator[None]:
     """Inside, calls of `marks` are OPTIMIZER ranges, and on a CPU our native kernels, which step around the dispatcher, are
     ranges of their own names."""
     from dopsd_kernels import native_ops
 
+    labels = [(owner, name, OPTIMIZER) for owner, name in marks]
+    if device.type == "cpu":
+        labels += [(native_ops, name, f"dopsd::{name}") for name in vars(native_ops) if name.endswith(("_fwd", "_bwd"))]
     with ExitStack() as stack:
-        for owner, name in marks:
-            stack.enter_context(mock.patch.object(owner, name, ranged(OPTIMIZER, getattr(owner, name))))
-        if device.type == "cpu":
-            for name in [name for name in vars(native_ops) if name.endswith(("_fwd", "_bwd"))]:
-                stack.enter_context(mock.patch.object(native_ops, name, ranged(f"dopsd::{name}", getattr(native_ops, name))))
+        for owner, name, label in labels:
+            stack.enter_context(mock.patch.object(owner, name, record_function(label)(getattr(owner, name))))
         yield
-
-
-def ranged(label: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*arguments: Any, **options: Any) -> Any:
-        with record_function(label):
-            return function(*arguments, **options)
-
-    return call
-
-
-def tabulate(case: str, variant: str, found: Breakdown, plain: float, fell_back: str = "") -> list[Row]:
-    """plain: seconds of a step without profiler. fell_back: what runs otherwise than it is meant to, empty: nothing."""
-    status: Status = "fallback" if fell_back else "ok"
-    note = fell_back or (f"mean of {found.steps} profiled steps" if found.steps > 1 else "one profiled step")
-    rows = [
-        Row(SUITE, case, variant, "seconds_per_step", found.total, "s", status=status, note=note),
-        Row(SUITE, case, variant, "profiler_overhead", found.total / plain, "x"),
-    ]
-    for part in PARTS:
-        note = "one rank: the calls alone, nothing is sent" if part == "communication" else ""
-        rows.append(Row(SUITE, case, variant, f"seconds_{part}", found.seconds[part], "s", note=note))
-        rows.append(Row(SUITE, case, variant, f"share_{part}", found.shares[part], "", note=note))
-    if found.launch is not None and found.kernels is not None:
-        note = "CPU time, while kernels run or not: no part of the sum"
-        rows.append(Row(SUITE, case, variant, "seconds_launch", found.launch, "s", note=note))
-        rows.append(Row(SUITE, case, variant, "launches_per_step", found.kernels, ""))
-    return rows

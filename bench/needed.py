@@ -1,64 +1,47 @@
-"""What bench/full_size.py and bench/first_run.py import, where it comes from, and what to do where it is not there.
+r"""What bench/first_run.py imports, where it comes from, and what to do where it is not there.
 
-They run in a copy of this repository on a machine that has torch, Triton, transformers and PEFT and no network. Whoever adds a
-dependency to pyproject.toml names it here: a test compares the two lists.
+It runs in a copy of this repository on a GPU machine that has Python 3.12, torch 2.11, Triton 3.6, transformers and PEFT.
+Nothing is built there: on a GPU the kernels are Triton's. Without a network, bring wheels that were made elsewhere by
+
+    python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 \
+        --platform manylinux_2_28_x86_64 -c constraints.txt -d wheels \
+        pydantic pydantic-core annotated-types typing-inspection typing-extensions diffusers hjson tomli-w
+    DS_BUILD_OPS=0 python -m pip wheel --no-deps --no-build-isolation -c constraints.txt -w wheels deepspeed  # has no wheel
+
+and there:
+
+    python -m pip install --no-index --no-deps --target /tmp/site wheels/*.whl
+    export PYTHONPATH=/tmp/site
+
+Whoever adds a dependency to pyproject.toml names it here: a test compares the two lists.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-
-@dataclass(frozen=True)
-class Package:
-    """name: on PyPI. module: what is imported. brought: the GPU machine does not have it, it comes as a wheel. needed: nothing
-    runs without it; else what is lost without it is said in the rows. least: the oldest version that does, where the GPU
-    machine may have an older one, with which the run would end in the middle of an import."""
-
-    name: str
-    module: str
-    brought: bool = False
-    needed: bool = True
-    least: str = ""
+BROUGHT = ("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions", "diffusers", "tomli-w")
+"""What such a machine does not have, by its name on PyPI."""
+NEEDED = ("torch", "transformers", "peft", "safetensors", "accelerate", "numpy", "pillow", "tqdm", "psutil", "rich", *BROUGHT)
+"""Without which nothing runs."""
+WELCOME = ("triton", "tensorboard", "matplotlib", "jinja2", "hjson", "deepspeed", "flash-attn")
+"""What is lost without these is said in the rows."""
+LEAST = {"transformers": "5.10.2", "typing-extensions": "4.16.0"}
+"""The oldest versions that do, where a machine may have older ones: of transformers those take the folder kernels/ for a
+package, and pydantic 2.14 would end in the middle of its import."""
 
 
-PACKAGES = (
-    Package("torch", "torch"),
-    Package("transformers", "transformers", least="5.10.2"),  # older ones take the folder kernels/ for a package
-    Package("peft", "peft"),
-    Package("safetensors", "safetensors"),
-    Package("accelerate", "accelerate"),
-    Package("numpy", "numpy"),
-    Package("pillow", "PIL"),
-    Package("tqdm", "tqdm"),
-    Package("psutil", "psutil"),
-    Package("rich", "rich"),
-    Package("pydantic", "pydantic", brought=True),
-    Package("pydantic-core", "pydantic_core", brought=True),
-    Package("annotated-types", "annotated_types", brought=True),
-    Package("typing-inspection", "typing_inspection", brought=True),
-    Package("typing-extensions", "typing_extensions", brought=True, least="4.16.0"),  # pydantic 2.14
-    Package("diffusers", "diffusers", brought=True),
-    Package("tomli-w", "tomli_w", brought=True),
-    Package("triton", "triton", needed=False),
-    Package("tensorboard", "tensorboard", needed=False),
-    Package("matplotlib", "matplotlib", needed=False),
-    Package("jinja2", "jinja2", needed=False),
-    Package("hjson", "hjson", brought=True, needed=False),
-    Package("deepspeed", "deepspeed", brought=True, needed=False),
-    Package("flash-attn", "flash_attn", needed=False),
-)
+def module(name: str) -> str:
+    return "PIL" if name == "pillow" else name.replace("-", "_")
 
 
-def absent(needed: bool) -> list[str]:
-    """Modules of PACKAGES that are not installed: those that are needed, or those that are only welcome."""
-    lost = [package.module for package in PACKAGES if package.needed == needed and not installed(package.module)]
-    if needed and installed("deepspeed") and not installed("hjson"):
-        lost.append("hjson")  # deepspeed does not import without it
-    return lost
+def absent(names: Sequence[str]) -> list[str]:
+    """Those that are not installed; hjson too where deepspeed, which does not import without it, is."""
+    also = ["hjson"] if names is NEEDED and installed("deepspeed") else []
+    return [name for name in [*names, *also] if not installed(module(name))]
 
 
 def installed(module: str) -> bool:
@@ -66,15 +49,15 @@ def installed(module: str) -> bool:
 
 
 def outdated() -> dict[str, str]:
-    """Module of PACKAGES -> what is wrong with its version. A package without metadata is taken as it is."""
+    """Name -> what is wrong with its version. A package without metadata is taken as it is."""
     found = {}
-    for package in PACKAGES:
+    for name, least in LEAST.items():
         try:
-            here = version(package.name) if package.least else ""
+            here = version(name)
         except PackageNotFoundError:
             continue
-        if numbers(here) < numbers(package.least):
-            found[package.module] = f"{package.module} is {here}, needs {package.least} or newer"
+        if numbers(here) < numbers(least):
+            found[name] = f"{module(name)} is {here}, needs {least} or newer"
     return found
 
 
@@ -84,10 +67,10 @@ def numbers(release: str) -> list[int]:
 
 def refusal(script: str) -> str:
     """One line that names what is missing or too old and what to do; empty: all is there."""
-    lost, old = absent(needed=True), outdated()
+    lost, old = absent(NEEDED), outdated()
     if not lost and not old:
         return ""
-    said = [f"{', '.join(lost)} not installed"] * bool(lost) + list(old.values())
-    names = " ".join(package.name for package in PACKAGES if package.module in [*lost, *old])
+    said = [f"{', '.join(map(module, lost))} not installed"] * bool(lost) + list(old.values())
+    names = " ".join([*lost, *old])
     return (f"{script}: {'; '.join(said)}: `python -m pip install -c constraints.txt {names}`, or on a machine without a "
-            "network wheels, as bench/full_size.py says at its top")
+            "network wheels, as bench/needed.py says at its top")

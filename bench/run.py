@@ -40,12 +40,11 @@ SUITES = {
     "conditioning": "contexts from the cache against the encoders in every step",
     "memory": "peak memory of a step by what is kept for the backward pass",
     "zero": "what ranks send each other in a step, and its time, by ZeRO stage and arrangement",
-    "correctness": "errors of ops and velocities beside eager PyTorch's: for a machine that is new",
     "reproduce": "the paper's result: what each method learns, keeps and loses, with its claims tested",
     "cubins": "registers and shared memory of every kernel, compiled for GPUs that are not here",
 }
 """Suite -> what it shows. Each is `measure(options)` in bench/suites, an iterator over its rows."""
-TOUR = tuple(suite for suite in SUITES if suite not in ("correctness", "cubins", "reproduce"))
+TOUR = tuple(suite for suite in SUITES if suite not in ("cubins", "reproduce"))
 COUNTED = {"cost", "cubins"}
 """Suites that read no model."""
 NEEDED = ("rich", "matplotlib", "jinja2")

@@ -1,11 +1,10 @@
 """The encoders with random weights, and the suite that measures what caching contexts saves."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from bench.models import Model
 from bench.references import random_encoders
@@ -86,51 +85,16 @@ def test_no_room_for_the_picture(encoders):
 # ---- the suite -------------------------------------------------------------------------------------------------------
 
 
-class Narrow(TorchDispatchMode):
-    """Collects the operations that give fp32 numbers, but for whole ones (places of tokens): those are exact."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        narrow = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float32]
-        if any((leaf != leaf.round()).any() for leaf in narrow):
-            self.found.append(str(func))
-        return out
-
-
-def test_the_yardstick_is_float64_all_through():
-    encoders = RandomEncoders(Model("zimage-small", CPU))
-    encoders.text_encoder.double(), encoders.vlm.double()
-    pixels = encoders._pixels("a").double()
-    encoders._pixels = lambda _: pixels
-    with Narrow() as plain:
-        encoders.student(["a"])
-        encoders.teacher(["a"], [None])
-    assert plain.found  # transformers' own casts
-    for encode, part in ((lambda: encoders.student(["a"]), encoders.text_encoder),
-                         (lambda: encoders.teacher(["a"], [None]), encoders.vlm)):
-        with conditioning.wide_encoders(part), Narrow() as wide:
-            found = encode()
-        assert wide.found == [] and found[0].text.dtype == torch.float64
-    assert torch.ones(1).to(torch.float32).dtype == torch.arange(2, dtype=torch.float32).dtype == torch.float32
-
-
 def test_break_even():
     assert conditioning.break_even(10.0, 3.0, 1.0) == 5.0
-    assert conditioning.break_even(10.0, 3.0, 3.0) is None
+    assert conditioning.break_even(10.0, 3.0, 3.0) == math.inf
 
 
-def test_differences_and_errors():
+def test_differences():
     one, other = [{"text": torch.tensor([[3.0, 4.0]])}], [{"text": torch.tensor([[3.0, 4.5]])}]
     assert conditioning.difference(one, one) == 0 and conditioning.difference(other, one) == 0.5
-    assert conditioning.relative_error(other, one) == pytest.approx(0.1)
     with pytest.raises(ValueError, match="dtype"):
         conditioning.difference([{"text": one[0]["text"].double()}], one)
-    with pytest.raises(ValueError, match="in float64"):
-        conditioning.relative_error([{"text": torch.zeros(2, 2)}], one)
 
 
 def measured(name: str) -> dict:
@@ -147,8 +111,6 @@ def test_the_rows_of_conditioning(name):
     assert all(row.status == "ok" for row in found.values()), [row for row in found.values() if row.status != "ok"]
     for variant in ("every_step", "memory", "disk", "R1"):
         assert found[case, variant, "seconds_per_batch"].value > 0
-        # fp32 through a few layers: 1e-5 is 170 units of roundoff; an error of 0 would be a yardstick that is none
-        assert 1e-9 < found[case, variant, "context_relative_error"].value < 1e-5
     for variant in ("memory", "disk"):
         assert found[case, variant, "difference_from_encoders"].value == 0
         assert found[case.replace("contexts", "contexts/every_step"), variant, "speedup"].value > 0
@@ -172,18 +134,13 @@ def test_a_cache_that_returns_something_else_is_seen(monkeypatch):
     found = measured("zimage-small")
     assert found["contexts@zimage-small", "memory", "difference_from_encoders"].value == 0
     assert found["contexts@zimage-small", "disk", "difference_from_encoders"].value > 1e-4
-    errors = [found["contexts@zimage-small", variant, "context_relative_error"].value for variant in ("memory", "disk")]
-    assert errors[1] > 100 * errors[0]
 
 
 def test_what_cannot_be_measured_is_said(monkeypatch):
     def broken(*_):
         raise RuntimeError("no room")
 
-    monkeypatch.setattr(conditioning, "exact", broken)
-    monkeypatch.setattr(conditioning, "Published", broken)
+    monkeypatch.setattr(conditioning, "published", broken)
     found = measured(str(tiny.shared("zimage")))
     lost = {key[1:]: row.note for key, row in found.items() if row.status == "failed"}
-    assert lost == {
-        (variant, "context_relative_error"): "RuntimeError: no room" for variant in ("every_step", "memory", "disk")
-    } | {("R1", "seconds_per_batch"): "RuntimeError: no room"}
+    assert lost == {("R1", "seconds_per_batch"): "RuntimeError: no room"}

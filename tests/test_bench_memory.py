@@ -1,23 +1,20 @@
-"""Suite `memory`: what it measures is what was allocated, and what it counts follows the depth."""
+"""Suite `memory`: what it counts follows the depth and the plan, and what it measures is what was allocated."""
 
-import json
-import os
-import socket
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from bench import forks, live
+from bench import forks
+from bench.models import Model
 from bench.results import Options, Row
-from bench.suites import cost, memory, room
-from bench.suites.workload import Workload
+from bench.suites import memory, room
+from bench.suites.memory import Counted
 from dopsd_fast.memory.ledger import CONTEXT, PROCESS, Machine
 from dopsd_fast.memory.planner import make_plan
 from tests import tiny
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 MB = 1 << 20
 
 
@@ -32,141 +29,126 @@ def found(rows) -> dict[tuple[str, str, str], Row]:
     return by_key
 
 
-class Known:
-    """Holds 24 MB, and for a moment of each step 40 MB more."""
-
-    def __init__(self, kind, work):
-        self.held = torch.ones(24 * MB // 4)
-
-    def step(self):
-        parts = [torch.ones(20 * MB // 4) for _ in range(2)]
-        del parts
-        torch.ones(30 * MB // 4)
-
-    def fell_back(self):
-        return ""
+# ---- measured --------------------------------------------------------------------------------------------------------
 
 
-def examine(out: str) -> None:
-    """In a process of its own, as the suite measures: this one's heap has room that would not count."""
-    torch.set_num_threads(1)
-    work = Workload(tiny_options())
-    found = [memory.in_turn(Known, "lora", work) for _ in range(2)]
-    Path(out).write_text(json.dumps([*found, memory.in_turn(memory.PEERS["R1"], "full", work)]))
+class Allocator:
+    """PyTorch's on a GPU, of which others have 5 MB."""
+
+    held = peak = 5 * MB
+
+    def take(self, size: int) -> None:
+        self.held += size
+        self.peak = max(self.peak, self.held)
 
 
-@pytest.fixture(scope="module")
-def examined(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("examined")
-    assert list(forks.apart(f"{__name__}:examine", [str(folder / "out")], folder / "log", {})) == []
-    return json.loads((folder / "out").read_text())
+@pytest.mark.parametrize("name", ["ours", "R1", "R2_uncheckpointed", "R4"])
+def test_the_peak_is_what_was_allocated(monkeypatch, name):
+    """By a step that holds 24 MB, makes 8 MB of moments at first, leaves 2 MB of gradients, and takes 40 MB for a moment."""
+    allocator, said = Allocator(), []
+
+    class Known:
+        reference = type("Step", (), {"model": type("Model", (), {
+            "disable_gradient_checkpointing": lambda self: said.append("no checkpoints")})()})()
+
+        def __init__(self, *given):
+            said.append(next((one for one in given if one in ("R2", "R4", "recompute")), None))
+            self.gradients, self.stepped = 0, False
+            allocator.take(24 * MB)
+
+        def step(self):
+            allocator.take(0 if self.stepped else 8 * MB)
+            self.stepped = True
+            allocator.take(40 * MB)
+            allocator.take(-38 * MB)
+            self.gradients = 2 * MB
+
+        def clear(self):
+            allocator.take(-self.gradients)
+            self.gradients = 0
+
+        def fell_back(self):
+            return "something"
+
+        def close(self):
+            said.append("closed")
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocator.held)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: allocator.peak)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: setattr(allocator, "peak", allocator.held))
+    monkeypatch.setattr(memory, "OurStep", Known)
+    monkeypatch.setattr(memory, "PeerStep", Known)
+    peak, added, fell = memory.allocated("lora", tiny_options(), name, "recompute")
+    assert (peak, added) == ((24 + 8 + 40) * MB, 40 * MB)
+    assert fell == ("torch.compile compiled nothing" if name == "R4" else "something")
+    made = {"ours": ["recompute"], "R1": ["R2"], "R2_uncheckpointed": ["R2", "no checkpoints"], "R4": ["R4"]}
+    assert said == [*made[name], "closed"]
 
 
-def test_the_peak_is_what_was_allocated(examined):
-    """Some pages of the process itself come to it; a fork leaves nothing behind."""
-    for peak, growth, note in examined[:2]:
-        assert growth == pytest.approx(40 * MB, abs=2 * MB) and peak - growth == 24 * MB and note == ""
+# ---- counted ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_stays_is_weights_moments_and_average(examined):
-    """Full: R1 has its model, the teacher, two moments and the average, five fp32 numbers a parameter."""
-    peak, growth, _ = examined[2]
-    assert peak - growth == pytest.approx(5 * 4 * Workload(tiny_options()).parameters, rel=0.02)
-
-
-def test_no_fork_of_a_process_that_has_a_process_group(monkeypatch):
-    """It would wait for itself."""
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    with pytest.raises(memory.Lost, match="has a process group"):
-        memory.in_turn(Known, "lora", Workload(tiny_options()))
-
-
-def lead(work: str) -> None:
-    """As the suite's, but nothing is compiled."""
-    memory.PEERS["R4"] = lambda kind, work: memory.Peer("R2", kind, work, False)
-    memory.lead(work)
-
-
-def led_by(name: str, monkeypatch, options: Options) -> list[Row]:
-    """The suite's rows, with a function of this module in place of its `lead`."""
-    apart = forks.apart
-    monkeypatch.setattr(forks, "apart", lambda _, *rest: apart(f"{__name__}:{name}", *rest))
-    return list(memory.measured_apart(options))
-
-
-def test_rows_of_the_suite(monkeypatch):
-    rows = found(led_by("lead", monkeypatch, tiny_options(kinds=("full",))))
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_rows_of_the_suite(monkeypatch, kind):
+    monkeypatch.setattr(memory, "counted", lambda kind, _: [Row("memory", f"{kind}@full_size", "ours", "peak_bytes", 1.0, "B")])
+    rows = found(memory.measure(tiny_options(kinds=(kind,))))
+    assert rows.pop((f"{kind}@full_size", "ours", "peak_bytes"))
     value = {key: row.value for key, row in rows.items()}
-    names = [("", "R1"), ("", "R2_uncheckpointed"), ("", "R4"), ("", "ours"), ("@selective", "ours"), ("@recompute", "ours")]
+    names = [("", "R1"), ("", "R2_uncheckpointed"), ("", "ours"), ("@selective", "ours"), ("@recompute", "ours")]
     for end, name in names:
-        peak, step = (value[f"full{end}@zimage", name, metric] for metric in ("peak_bytes", "step_bytes"))
+        peak, step = (value[f"{kind}{end}@zimage", name, metric] for metric in ("peak_bytes", "step_bytes"))
         assert peak > step > 0, name
-    steps = [value[f"full{end}@zimage", name, "step_bytes"] for end, name in names]
-    assert steps[0] < steps[1] and steps[5] < steps[4] < steps[3] < steps[1]
-    ratio = rows["full/R1@recompute@zimage", "ours", "peak_ratio"]
-    ours, theirs = value["full@recompute@zimage", "ours", "peak_bytes"], value["full@zimage", "R1", "peak_bytes"]
-    assert ratio.value == ours / theirs and ratio.unit == "x"
+    steps = [value[f"{kind}{end}@zimage", name, "step_bytes"] for end, name in names]
+    assert steps[0] < steps[1] and steps[4] < steps[3] < steps[2] < steps[1]
+    for metric in ("peak", "step"):
+        ratio = rows[f"{kind}/R1@recompute@zimage", "ours", f"{metric}_ratio"]
+        ours = value[f"{kind}@recompute@zimage", "ours", f"{metric}_bytes"]
+        assert ratio.value == ours / value[f"{kind}@zimage", "R1", f"{metric}_bytes"] and ratio.unit == "x"
     for end in ("", "@selective", "@recompute"):
-        planned = value[f"full{end}@zimage", "planner", "planned_bytes"]
-        measured = value[f"full{end}@zimage", "ours", "peak_bytes"]
-        assert planned == pytest.approx(measured, rel=0.4)
-        assert value[f"full{end}@zimage", "planner", "planned_ratio"] == planned / measured
-    assert all(row.status == "ok" and not row.note for row in rows.values())
+        planned = value[f"{kind}{end}@zimage", "planner", "planned_bytes"]
+        counted = value[f"{kind}{end}@zimage", "ours", "peak_bytes"]
+        assert planned == pytest.approx(counted, rel=0.4)
+        assert value[f"{kind}{end}@zimage", "planner", "planned_ratio"] == planned / counted
+    assert {row.status for row in rows.values()} == {"ok"}
+    assert {row.note for row in rows.values() if row.metric in ("peak_bytes", "step_bytes")} == {"counted"}
 
 
-def test_the_suite_measures_in_a_process_of_its_own(monkeypatch):
-    """Whatever threads and process groups this one has; and it tells what it does."""
-    said: list[str] = []
-    monkeypatch.setattr(live, "say", said.append)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        for name, value in forks.rank_environment(0, 1, taken.getsockname()[1]).items():
-            monkeypatch.setenv(name, value)  # as a step that was measured before leaves them
-        rows = found(memory.measured_apart(tiny_options(kinds=("lora",), tour=True)))
-    assert all(row.status == "ok" for row in rows.values())
-    assert rows["lora@zimage", "ours", "peak_bytes"].value > rows["lora@recompute@zimage", "ours", "peak_bytes"].value > 0
-    assert said == ["memory: lora@zimage, R1", "memory: lora@zimage, ours", "memory: lora@recompute@zimage, ours"]
+def test_what_stays_is_weights_moments_and_average():
+    """Full, in fp32: student, teacher, two moments and the average, five numbers a parameter, of R1 and of ours."""
+    step = Counted("full", Model(str(tiny.shared("zimage")), CPU))
+    parameters = sum(p.numel() for p in step.model.family.meta_transformer().parameters())
+    for name in ("R1", "ours"):
+        peak, added, _ = step.sizes(name, "keep")
+        assert peak - added == 5 * 4 * parameters
 
 
-def test_a_process_that_fails_says_why(tmp_path):
-    """With the last error that it wrote."""
-    assert list(forks.apart("bench.forks:free_port", [], tmp_path / "log", {})) == []
-    with pytest.raises(forks.ChildFailed, match="its process ended with 1: KeyError: 'peers'"):
-        list(forks.apart("bench.suites.memory:lead", ["{}"], tmp_path / "log", {}))
+def test_a_variant_that_cannot_be_counted_leaves_rows_and_the_others_go_on(monkeypatch):
+    alive = memory.alive
 
+    def unable(step, checkpoint, layers):
+        if checkpoint:
+            raise MemoryError("no room for it")
+        return alive(step, checkpoint, layers)
 
-def unable(kind, work):
-    raise MemoryError("no room for it")
-
-
-class Killed(Known):
-    def step(self):
-        os.kill(os.getpid(), 9)
-
-
-def lead_with_failures(work: str) -> None:
-    memory.PEERS.update(R1=unable, R2_uncheckpointed=Killed, R4=Known)
-    memory.lead(work)
-
-
-def test_a_variant_that_cannot_run_leaves_rows_and_the_others_go_on(monkeypatch):
-    """An error in the fork, and a fork that is killed."""
-    rows = found(led_by("lead_with_failures", monkeypatch, tiny_options(kinds=("lora",))))
-    lost, killed = (rows["lora@zimage", name, "peak_bytes"] for name in ("R1", "R2_uncheckpointed"))
-    assert (lost.status, lost.value) == ("failed", None) and lost.note == "MemoryError: no room for it"
-    assert killed.status == "failed" and killed.note == "the fork ended with -9"
-    assert rows["lora@zimage", "R4", "peak_bytes"].value > 0 and rows["lora@zimage", "ours", "peak_bytes"].value > 0
+    monkeypatch.setattr(memory, "alive", unable)
+    monkeypatch.setattr(memory, "counted", lambda *_: iter(()))
+    rows = found(memory.measure(tiny_options(kinds=("lora",))))
+    lost = rows["lora@zimage", "R1", "peak_bytes"]
+    assert (lost.status, lost.value, lost.note) == ("failed", None, "MemoryError: no room for it")
+    assert all(rows["lora@zimage", name, "peak_bytes"].value > 0 for name in ("R2_uncheckpointed", "ours"))
     ratio = rows["lora/R1@zimage", "ours", "peak_ratio"]
     assert (ratio.status, ratio.note) == ("failed", "R1 was not measured")
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_the_published_step_grows_evenly_with_its_layers(kind):
-    one, two, three = (memory.traced_bytes(kind, cost.Size(layers, 2)) for layers in (2, 3, 4))
-    assert three - two == two - one
+    step = Counted(kind, Model("zimage-turbo", GPU))
+    step.model.standard = replace(step.model.standard, states=2)
+    one, two, three = (memory.alive(step, True, layers) for layers in (2, 3, 4))
+    for before, between, after in zip(one, two, three):
+        assert after - between == between - before
     # each of two graphs keeps the input of every block: 4096 + 256 tokens, 3840 channels, bf16
-    assert two - one >= 2 * (4096 + 256) * 3840 * 2
+    assert two[1] - one[1] >= 2 * (4096 + 256) * 3840 * 2
 
 
 def test_full_size_by_count():
@@ -189,9 +171,20 @@ def test_full_size_by_count():
     assert all(row.status == "ok" for row in rows.values())
 
 
-def test_a_plan_without_what_the_process_takes():
+@pytest.mark.parametrize(("name", "device", "own"), [("zimage-turbo", GPU, CONTEXT), ("zimage-small", CPU, PROCESS)])
+def test_a_plan_without_what_the_process_takes(name, device, own):
     """On a GPU that is the context; on a CPU the libraries, which a GPU's memory never holds."""
-    settings, family, shapes = memory.full_size("lora", "recompute")
-    for kind, own in (("cuda", CONTEXT), ("cpu", PROCESS)):
-        whole = make_plan(settings, Machine(1, 1, None, None, kind), family, shapes).device_peak
-        assert memory.planned_peak(settings, kind, family, shapes) == whole - own
+    step = Counted("lora", Model(name, device))
+    machine = Machine(1, 1, None, None, device.type)
+    whole = make_plan(step.settings("recompute"), machine, step.model.family, step.shapes).device_peak
+    assert step.planned("recompute") == whole - own
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def test_a_process_that_fails_says_why(tmp_path):
+    """With the last error that it wrote."""
+    assert list(forks.apart("json:loads", ["{}"], tmp_path / "log", {})) == []
+    with pytest.raises(forks.ChildFailed, match="its process ended with 1: json.decoder.JSONDecodeError: Expecting"):
+        list(forks.apart("json:loads", ["{"], tmp_path / "log", {}))

@@ -1,25 +1,21 @@
-"""Suite `step`: its peers, what it counts, and what it says of what failed, fell back or does not fit. bench/full_size.py."""
+"""Suite `step`: its peers, what it counts, and what it says of what failed, fell back or does not fit."""
 
 import math
-import re
-import textwrap
-import tomllib
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bench import full_size, harness, models, needed
+from bench import harness, models
 from bench.machine import Ceilings
 from bench.models import Model
 from bench.references import reference_eager as reference
-from bench.results import ROOT, Options, Row, merged, read_results, write_results
-from bench.suites import correctness, room, step, workload
+from bench.results import Options, Row, merged
+from bench.suites import room, step, workload
 from bench.suites.gemm_floor import GemmFloor, Recorder
 from bench.suites.workload import Cell, Workload
 from dopsd_fast.errors import UserError
@@ -245,7 +241,7 @@ def test_room_for_z_image(monkeypatch, gigabytes, kind, cell, layers, masters, b
     """The published model has 6,154,908,736 parameters, LoRA of rank 64 158.8 M (LOG.md)."""
     monkeypatch.setattr(Model, "noise", lambda *_: torch.empty(0))
     monkeypatch.setattr(Model, "features", lambda self, batch, *_: [torch.empty(0)] * batch)
-    monkeypatch.setattr(room.Room, "_total", lambda _: int(gigabytes * 1e9))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=int(gigabytes * 1e9)))
     work = Workload(Options("zimage-turbo", torch.device("cuda")), cell)
     assert work.parameters == 6_154_908_736 and work.trained("lora") == pytest.approx(158.8e6, rel=1e-3)
     fits = room.Room(kind, work, step.Options("nano", CPU).peers)
@@ -334,137 +330,6 @@ def test_without_the_exact_gradient_there_are_times_and_ratios():
     assert {metric for _, variant, metric in rows if variant == "ours"} == {
         "seconds_per_step", "states_per_second", "samples_per_second", "speedup"}
     assert {variant for _, variant, _ in rows} == {"ours", "R2"}
-
-
-# ---- the whole set on one GPU ----------------------------------------------------------------------------------------
-
-
-def test_errors_beside_eagers():
-    rows = list(correctness.measure(tiny_options()))
-    ratios = {row.case: row.value for row in rows if row.metric == "error_over_eager"}
-    assert {"lora@zimage", "full@zimage", "qk_norm_rope@zimage", "pair_linear_lora@zimage"} <= set(ratios)
-    assert all(value <= correctness.RULE for value in ratios.values()), ratios
-    assert {row.case for row in rows if row.status == "failed"} <= {"fp8_linear@zimage"}  # widths no multiple of 16
-
-
-SMALL = ["--model", "zimage-small", "--device", "cpu", "--quick", "--threads", "1"]
-
-
-def test_a_part_of_the_full_size_set(tmp_path, capsys):
-    """In its own process; what its time does not suffice for says so; a second call adds to the first."""
-    given = ["--out", str(tmp_path), *SMALL]
-    assert full_size.main([*given, "--parts", "optimizer"]) == 0
-    assert full_size.main([*given, "--parts", "lora", "forward", "--minutes", "0.01"]) == 0
-    facts, rows = read_results(tmp_path)
-    assert facts["model"] == "zimage-small" and "missing" in facts
-    assert any(row.suite == "optimizer" and row.metric == "speedup" and row.value for row in rows)
-    lost = {row.case: row.note for row in rows if row.metric == "part_seconds" and row.status == "failed"}
-    assert set(lost) == {"lora", "forward"} and all(note.startswith("left out: it needs") for note in lost.values())
-    assert {file.name for file in tmp_path.rglob("*")} == {
-        "results.json", "results.csv", "log.txt", "report.html", "plots.tar.gz"}
-    assert "optimizer" in capsys.readouterr().out
-
-
-def test_the_headline_is_on_the_disk_before_other_parts_begin(tmp_path, monkeypatch):
-    """And while the first part is at work: rows are written as they are found."""
-    began, written = {}, []
-
-    def watched(part, arguments, left, tell):
-        began[part.name] = ratio(tmp_path)
-
-        def noted(rows):
-            tell(rows)
-            written.append(len(read_results(tmp_path)[1]))
-
-        return measure(part, arguments, left, noted)
-
-    def ratio(folder):
-        rows = read_results(folder)[1] if (folder / "results.json").exists() else []
-        return [row.value for row in rows if (row.metric, row.case.partition("@")[0]) == ("speedup", "lora/R1")]
-
-    measure = full_size.measure
-    monkeypatch.setattr(full_size, "measure", watched)
-    monkeypatch.setattr(full_size, "LOOKING", 0.05)
-    monkeypatch.setattr(full_size, "SCRIPT", changed_script(tmp_path / "..", """
-        from bench import models
-        from bench.suites import step
-        models.RANDOM["zimage-small"] |= {"dim": 64, "n_heads": 1, "n_kv_heads": 1, "n_layers": 1}
-        rows = step.Measurement.rows
-        def slowly(self):
-            for row in rows(self):
-                yield row
-                time.sleep(0.1)
-        step.Measurement.rows = slowly
-    """))
-    assert full_size.main(["--out", str(tmp_path), *SMALL, "--parts", "optimizer", "headline"]) == 0
-    assert list(began) == ["headline", "optimizer"] and began["headline"] == [] and began["optimizer"][0] > 0
-    assert written[0] < written[-1]
-
-
-def test_a_part_that_dies_keeps_what_it_had(tmp_path, monkeypatch):
-    """As when it is stopped, by the same signal, while it measures its third op."""
-    monkeypatch.setattr(full_size, "SCRIPT", changed_script(tmp_path, """
-        import signal
-        from bench.suites import ops
-        def hanging(draw):
-            os.kill(os.getpid(), signal.SIGKILL)
-        ops.OPS = {name: ops.OPS[name] for name in ("swiglu", "rmsnorm_modulate")} | {"hanging": hanging}
-    """))
-    part = full_size.Part("kernels", "kernels", 0, 100)
-    *rows, last = full_size.measure(part, full_size.parser().parse_args(["--out", str(tmp_path), *SMALL]), 100.0)
-    assert {row.case for row in rows} >= {"swiglu@zimage-small", "rmsnorm_modulate@zimage-small"}
-    assert (last.metric, last.note) == ("part_seconds", "its process ended with -9, see log.txt")
-
-
-def changed_script(folder: Path, change: str) -> Path:
-    """bench/full_size.py after `change`, as the program that runs a part."""
-    file = folder / "changed.py"
-    lines = ["import os, sys, time", f"sys.path[:0] = {[str(ROOT), str(ROOT / 'kernels')]}", textwrap.dedent(change),
-             "from bench import full_size", "sys.exit(full_size.main(sys.argv[1:]))"]
-    file.write_text("\n".join(lines), encoding="utf-8")
-    return file
-
-
-@pytest.mark.parametrize("name", [part.name for part in full_size.PARTS])
-def test_every_part_gives_rows_one_by_one(name):
-    part = next(part for part in full_size.PARTS if part.name == name)
-    assert isinstance(full_size.rows_of(part, tiny_options(), 1e9), Iterator)
-
-
-def test_no_file_is_large(tmp_path, monkeypatch):
-    write_results(tmp_path, {}, [])
-    (tmp_path / "log.txt").write_text("x" * 2_000_000)
-    monkeypatch.setattr(full_size, "LARGEST", 1_500_000)
-    full_size.report(tmp_path)
-    files = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert len(files) <= 8 and all(file.stat().st_size <= 1_500_000 for file in files)
-
-
-def test_what_is_needed_is_named_and_brought():
-    """Whoever adds a dependency to pyproject.toml says in bench/needed.py whether the GPU machine has it."""
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    names = {re.match(r"[\w-]+", entry)[0].lower().replace("_", "-") for entry in declared}
-    listed = {package.name for package in needed.PACKAGES}
-    assert names - listed == set(), "name it in bench/needed.py"
-    commands = re.split(r"pip (?=download|wheel)", full_size.__doc__)[1:]
-    words = {word for command in commands for word in command.partition("\n\n")[0].split()}
-    assert words >= {package.name for package in needed.PACKAGES if package.brought}
-    assert {"pydantic", "pydantic-core", "annotated-types", "typing-inspection", "diffusers", "hjson", "deepspeed"} <= words
-
-
-def test_nothing_begins_without_what_is_needed(tmp_path, monkeypatch, capsys):
-    find = needed.installed
-    monkeypatch.setattr(needed, "installed", lambda name: name not in ("pydantic_core", "hjson") and find(name))
-    assert full_size.main(["--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "pydantic_core, hjson not installed" in said and "pydantic-core hjson`" in said
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_part_that_takes_too_long_is_stopped(tmp_path):
-    part = full_size.Part("correctness", "correctness", 0, 1)
-    (row,) = full_size.measure(part, full_size.parser().parse_args(["--out", str(tmp_path), *SMALL]), 100.0)
-    assert (row.status, row.note) == ("failed", "stopped after 1 s")
 
 
 def test_numbers_that_are_none_are_failures():

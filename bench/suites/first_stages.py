@@ -6,58 +6,132 @@ standard configuration, with QUICK=1 of the small model's.
 
 from __future__ import annotations
 
-import os
+import json
+import math
 import time
+import timeit
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from bench.breakdown import break_down, traced
-from bench.clock import synchronize
-from bench.harness import relative
+from bench import harness
+from bench.breakdown import PARTS, break_down, traced
+from bench.clock import interleaved, kernel_clock, synchronize
+from bench.harness import exact_dtype, exactly, relative
+from bench.machine import ceilings
+from bench.models import Model
 from bench.references.reference_eager import STRONGER
+from bench.results import Options
 from bench.suites import ops as kernels
 from bench.suites import roofline
 from bench.suites.workload import Cell, OurStep, PeerStep, Workload
 from dopsd_kernels import pair_linear
-from dopsd_kernels.adamw_ema_triton import Hyper, adamw_ema
 from dopsd_kernels.attention import attention_fwd
 from dopsd_kernels.attention_libraries import BACKENDS, math_backward, math_forward, usable
-from dopsd_kernels.gated_residual_norm import gated_residual_norm_bwd
 from dopsd_kernels.pair_linear_accumulate import pair_linear_accumulate
 from dopsd_kernels.sequences import Sequences
 
-if TYPE_CHECKING:
-    from bench.first_run import Run
-
-LARGEST = 16e6
-"""Bytes that a trace may have; one that is larger is left out, its breakdown is in first.jsonl."""
-KERNELS = 22
-"""Of a trace, the kernels that take longest, a line each."""
+OPS = ("rmsnorm_modulate", "gated_residual_norm", "qk_norm_rope", "swiglu", "layernorm_modulate", "divergence_step")
+LARGEST = 16e6  # bytes that a trace may have; one that is larger is left out, its breakdown is in first.jsonl
+KERNELS = 22  # of a trace, the kernels that take longest, a line each
 
 
-# ---- what the machine can do -----------------------------------------------------------------------------------------
+class Run:
+    """What the stages share: where they write, what they run on, and the seconds of the steps so far, by name."""
+
+    def __init__(self, out: Path, options: Options, began: float) -> None:
+        self.began, self.out, self.options, self.device = began, out, options, options.device
+        self.model = Model(options.model, options.device)
+        self.dtype, self.size, self.cuda = self.model.dtype, kernels.Size.of(self.model), self.device.type == "cuda"
+        self.seconds, self.failures = dict[str, float](), 0
+        out.mkdir(parents=True, exist_ok=True)
+        self.file = (out / "first.jsonl").open("a", encoding="utf-8")
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    def say(self, stage: str, **row: Any) -> None:
+        """One line, on the disk and on the terminal before the next thing is done. Numbers have five digits."""
+        line = json.dumps({"t": round(self.elapsed, 1), "stage": stage} | {key: plain(value) for key, value in row.items()})
+        self.file.write(line + "\n")
+        self.file.flush()
+        print(line, flush=True)
+
+    def fail(self, stage: str, error: BaseException, **row: Any) -> None:
+        """The line of something that raised, of a whole stage or, with `row`, of one thing that it measures."""
+        traceback.print_exception(error)
+        self.failures += 1
+        self.say(stage, **row, failed=one_line(error))
+
+    @contextmanager
+    def guard(self, stage: str, **row: Any) -> Iterator[None]:
+        """What raises inside is a line of its own, and the stage goes on behind it."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(stage, error, **row)
+
+    def rate(self, operations: float, call: Callable[[], Any]) -> float:
+        """TFLOP/s of a call that lasts microseconds, by the median of its seconds: by events behind a fill on a GPU."""
+        rounds, warmup = (2, 1) if self.options.quick else (20, 3)
+        seconds = interleaved({"": call}, rounds, warmup, self.device, kernel_clock(self.device))[""]
+        return operations / median(seconds) / 1e12
+
+    def draw(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, device=self.device, dtype=self.dtype) * scale
+
+    def free(self) -> None:
+        harness.free(self.device)
+
+    def dead(self) -> str:
+        """Why nothing runs on the device any more; empty: it does. An illegal access makes all later calls raise, a lack of
+        memory does not."""
+        try:
+            self.free()
+            torch.zeros(8, device=self.device).add_(1).sum().item()
+        except torch.OutOfMemoryError:
+            return ""
+        except Exception as error:
+            return one_line(error)
+        return ""
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it: floats short, what is not finite and what JSON does not know by its name."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else str(value)
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return value if isinstance(value, str | int | None) else str(value)
+
+
+def one_line(error: BaseException) -> str:
+    """The type's name alone where the error cannot say more: the text of another library's error may itself raise."""
+    name = type(error).__name__
+    try:
+        return " ".join(f"{name}: {error}".split())[:400]
+    except Exception:
+        return name
+
+
+# ---- parts of a step -------------------------------------------------------------------------------------------------
 
 
 def env(run: Run) -> None:
     """Decides whether the machine is as fast as it should be (H200: 4.3 TB/s, 790 TFLOP/s); and what a launch costs."""
-    limits, calls = run.limits, 200 if run.options.quick else 2000
+    limits, calls = ceilings(run.device, run.dtype, run.options.quick), 200 if run.options.quick else 2000
     h = torch.empty(8, device=run.device)
-    began = time.perf_counter()
-    for _ in range(calls):
-        h.add_(1)
-    taken = time.perf_counter() - began
-    run.say("env", copy_TBs=limits.bytes_per_second / 1e12, gemm_TFs=limits.flops_per_second / 1e12,
-            launch_us=taken / calls * 1e6)
-
-
-# ---- products --------------------------------------------------------------------------------------------------------
+    taken = timeit.timeit(lambda: h.add_(1), number=calls) / calls
+    run.say("env", copy_TBs=limits.bytes_per_second / 1e12, gemm_TFs=limits.flops_per_second / 1e12, launch_us=taken * 1e6)
 
 
 @contextmanager
@@ -109,14 +183,10 @@ def product_rates(run: Run, group: str, n: int, k: int, members: int, found: dic
                 found[f"lora_{backend}"] = run.rate(forward, forward_call)
                 call = partial(pair_linear.run_backward, dy, x, w, a, b, scales, out[2], True, False, False, True)
                 found[f"lora_backward_{backend}"] = run.rate(backward, call)
-        none = x.new_empty(0)
-        call = partial(pair_linear_accumulate, [total], [], [], dy[:1], x, scales[:1], none, none)
+        call = partial(pair_linear_accumulate, [total], [], [], dy[:1], x, scales[:1], x.new_empty(0), x.new_empty(0))
         found["dW_fp32_sums"] = run.rate(2 * tokens * n * k, call)
     if len(results) == 2:
         found["triton_against_cublas"] = [relative(*pair) for pair in zip(results["triton"], results["cublas"])]
-
-
-# ---- attention -------------------------------------------------------------------------------------------------------
 
 
 def attend(run: Run) -> None:
@@ -134,15 +204,13 @@ def attend(run: Run) -> None:
             apart = [relative(*pair) for pair in zip((out, *grads), exact)]
             run.say("attend", backend=name, unit="TFLOP/s", error=apart, **dense_rates(run, name))
     quarter = run.size.length * 5 // 17
-    more = max(1, quarter // 40)
-    lengths = [quarter, quarter + more, quarter - 2 * more, quarter + 2 * more]
+    lengths = [quarter + step * max(1, quarter // 40) for step in (0, 1, -2, 2)]
     packed = Sequences(lengths, run.device)
     q, k, v = (run.draw(packed.tokens, heads, width) for _ in range(3))
     work = 4 * heads * width * sum(tokens**2 for tokens in lengths)
     for name in ("auto", *fit):
-        with run.guard("attend", backend=name, lengths=lengths):
-            with torch.no_grad():
-                rate = run.rate(work, partial(attention_fwd, q, k, v, packed.starts, lengths, name))
+        with run.guard("attend", backend=name, lengths=lengths), torch.no_grad():
+            rate = run.rate(work, partial(attention_fwd, q, k, v, packed.starts, lengths, name))
             run.say("attend", backend=name, lengths=lengths, unit="TFLOP/s", forward=rate)
 
 
@@ -167,76 +235,25 @@ def attended(name: str, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[
     return out, library.backward(dout, q, k, v, out, lse, None, length), lse
 
 
-# ---- elementwise kernels ---------------------------------------------------------------------------------------------
-
-OPS = ("rmsnorm_modulate", "gated_residual_norm", "qk_norm_rope", "swiglu", "layernorm_modulate", "divergence_step")
-
-
 def ops(run: Run) -> None:
-    """Decides which kernels deserve work: the share of the copy's bandwidth that each reaches, for the bytes that it declares,
-    and its error beside eager's."""
+    """Decides which kernels deserve work: the share that each reaches of what the machine can do, and its error beside eager's,
+    as suite `kernels` has them."""
+    limits, devices = ceilings(run.device, run.dtype, run.options.quick), (run.device, torch.device("meta"))
     for name in OPS:
         with run.guard("ops", op=name):  # a kernel that does not compile hides no other
-            run.say("ops", op=name, **speed_and_errors(run, kernels.OPS[name]))
+            op, shape = (kernels.OPS[name](kernels.Draw(run.size, device, run.dtype)) for device in devices)
+            rows = {f"{row.variant}_{row.metric}": row
+                    for row in roofline.measure(op, roofline.work(shape), limits, run.options, compiles=False)}
+            run.say("ops", op=name, **{key: row.note if row.value is None else row.value for key, row in rows.items()})
         run.free()
-    for name, measure in (("gated_residual_norm_bwd", gated_norm_backward), ("adamw_ema, low bits", optimizer)):
-        with run.guard("ops", op=name):
-            measure(run)
-        run.free()
-
-
-def speed_and_errors(run: Run, build: Callable[[kernels.Draw], kernels.Op]) -> dict[str, float]:
-    op = build(kernels.Draw(run.size, run.device, run.dtype))
-    work = roofline.work(build(kernels.Draw(run.size, torch.device("meta"), run.dtype)))
-    row: dict[str, float] = {}
-    exact = roofline.outcome(op.eager, op.to(torch.float64).tensors)
-    for variant, function in (("ours", op.ours), ("eager", op.eager)):
-        errors = roofline.relative_errors(roofline.outcome(function, op.tensors), exact)
-        row |= {f"{variant}_{metric}": value for metric, value in errors.items()}
-    for phase, call in roofline.phases(op.ours, op.tensors).items():
-        seconds = run.clock(call)
-        row |= {f"{phase}_us": seconds * 1e6, f"{phase}_copy_share": share(run, work[phase].bytes, seconds)}
-    return row
-
-
-def share(run: Run, moved: float, seconds: float) -> float:
-    return moved / seconds / run.limits.bytes_per_second
-
-
-def gated_norm_backward(run: Run) -> None:
-    """The kernel of the step, which makes y again, with and without the sums that the gradients of weights and gate need."""
-    tokens, width = run.size.length, run.size.width
-    packed = Sequences([tokens], run.device)
-    weight, gate, ones = run.draw(width), run.draw(1, width), torch.ones(tokens, device=run.device)
-    dr, dy, h, r = (run.draw(tokens, width) for _ in range(4))
-    for sums in (False, True):
-        call = partial(gated_residual_norm_bwd, dr, dy, h, r, weight, gate, weight, gate, ones, ones, packed.row_sequence,
-                       packed.chunks, sums, sums, True)
-        with torch.no_grad():
-            seconds = run.clock(call)
-        moved = 7 * h.nbytes  # four read, dx, dh and y written
-        run.say("ops", op="gated_residual_norm_bwd", sums=sums, us=seconds * 1e6, copy_share=share(run, moved, seconds))
-
-
-def optimizer(run: Run) -> None:
-    """AdamW + EMA with masters as low bits, the optimizer of full fine-tuning on one GPU."""
-    count = 1 << 14 if run.options.quick else 1 << 26
-    theta, ema = (torch.zeros(count, device=run.device, dtype=torch.bfloat16) for _ in range(2))
-    low, ema_low = (torch.zeros(count, device=run.device, dtype=torch.int16) for _ in range(2))
-    m, v, grad = (torch.zeros(count, device=run.device) for _ in range(3))
-    hyper = [Hyper(1e-4, 0.9, 0.999, 1e-8, 0.0, 0.9999, 1)]
-    call = partial(adamw_ema, [theta], [grad], [m], [v], hyper, ema=[ema], theta_low=[low], ema_low=[ema_low])
-    seconds = run.clock(call, 8)
-    moved = grad.nbytes + 2 * sum(one.nbytes for one in (theta, ema, low, ema_low, m, v))
-    run.say("ops", op="adamw_ema, low bits", us=seconds * 1e6, copy_share=share(run, moved, seconds))
 
 
 # ---- whole steps -----------------------------------------------------------------------------------------------------
 
 
-def cell_of(run: Run, pixels: int | None = None, batch: int | None = None) -> Cell:
+def cell_of(run: Run, layers: int | None = None) -> Cell:
     """A configuration; QUICK's is as small as the model allows."""
-    return Cell(layers=1, pixels=32, batch=1 if batch is None else 2) if run.options.quick else Cell(pixels=pixels, batch=batch)
+    return Cell(layers=1, pixels=32, batch=1) if run.options.quick else Cell(layers=layers)
 
 
 def timed(run: Run, name: str, one: OurStep | PeerStep, rounds: int) -> dict[str, Any]:
@@ -260,21 +277,19 @@ def timed(run: Run, name: str, one: OurStep | PeerStep, rounds: int) -> dict[str
 
 
 def our_step(
-    run: Run, name: str, kind: str, cell: Cell, activations: str = "keep", backend: str = "auto", rounds: int = 6,
-    trace: bool = False,
+    run: Run, name: str, kind: str = "lora", activations: str = "keep", backend: str = "auto", rounds: int = 6
 ) -> None:
-    """A row of our training step, and with `trace` the rows of where its time goes."""
+    """A row of our training step, and where activations are kept the rows of where its time goes."""
     masters = "low_bits" if kind == "full" and run.dtype == torch.bfloat16 else "fp32"
     began = time.perf_counter()
     with products_by(backend):
-        one = OurStep(kind, Workload(run.options, cell), activations, masters)
+        one = OurStep(kind, Workload(run.options, cell_of(run)), activations, masters)
         try:
             built = time.perf_counter() - began
             row = timed(run, name, one, rounds)
-            run.say(name, kind=kind, cell=cell.name, activations=activations, masters=masters, backend=backend,
-                    built_seconds=built, **row, loss=one.report.loss, attention=one.pair.describe().get("attention"),
-                    fell_back=one.fell_back())
-            if trace:
+            run.say(name, kind=kind, activations=activations, masters=masters, backend=backend, built_seconds=built, **row,
+                    loss=one.report.loss, attention=one.pair.describe().get("attention"), fell_back=one.fell_back())
+            if activations == "keep":
                 where_time_goes(run, name, one)
         finally:
             one.close()
@@ -282,17 +297,15 @@ def our_step(
 
 def where_time_goes(run: Run, name: str, one: OurStep) -> None:
     """A row of the step's parts, a row of each of the longest kernels (on a CPU: operators), and the trace itself."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells of every start and stop on the terminal
-    file = run.out / f"trace-{name}.json"
-    events = traced(one.step, [(one.engine, "step")], file, run.device)
-    for written in run.out.glob(f"{file.name}*"):
-        if written.stat().st_size > LARGEST:
-            run.say(name, left_out=f"{written.name}: {written.stat().st_size / 1e6:.0f} MB")
-            written.unlink()
+    file = run.out / f"trace-{name}.json.gz"
+    events = traced(one, file, run.device)
+    if file.exists() and (size := file.stat().st_size) > LARGEST:
+        file.unlink()
+        run.say(name, left_out=f"{file.name}: {size / 1e6:.0f} MB")
     with run.guard(name, part="breakdown"):  # a trace without the step's range still has its kernels
         found = break_down(events)
-        seconds = {f"{part}_s": s for part, s in found.seconds.items()}
-        run.say(name, kernels=found.kernels, launch_seconds=found.launch, **seconds)
+        run.say(name, kernels=found.get("launches_per_step"), launch_seconds=found.get("seconds_launch"),
+                **{f"{part}_s": found[f"seconds_{part}"] for part in PARTS})
     sums: dict[str, list[float]] = {}
     for event in events:
         if event.get("cat") == ("kernel" if run.cuda else "cpu_op"):
@@ -302,26 +315,25 @@ def where_time_goes(run: Run, name: str, one: OurStep) -> None:
 
 
 def peer_step(run: Run, name: str, rounds: int = 4) -> None:
-    """A row of a peer's LoRA step, and the ratio to ours if that has been measured in this process."""
+    """A row of a peer's LoRA step, by QUICK not compiled, and the ratio to ours if that has been measured in this process."""
     torch._dynamo.config.recompile_limit = 64  # one graph per length, branch and mode; all blocks share the code
-    compiled = {"compile_blocks": "eager"} if run.options.quick and "compile_blocks" in STRONGER[name] else {}
     began = time.perf_counter()
-    with mock.patch.dict(STRONGER[name], compiled):
+    with mock.patch.dict(STRONGER[name], {"compile_blocks": None} if run.options.quick else {}):
         one = PeerStep(name, "lora", Workload(run.options, cell_of(run)))
         built = time.perf_counter() - began
         run.say(name.lower(), kind="lora", built_seconds=built, **timed(run, name, one, rounds))
-    if "lora" in run.seconds:
-        run.say(name.lower(), speedup=run.seconds[name] / run.seconds["lora"], unit=f"{name} over ours, LoRA")
+    if ours := run.seconds.get("lora"):
+        run.say(name.lower(), speedup=run.seconds[name] / ours, unit=f"{name} over ours, LoRA")
 
 
 def lora(run: Run) -> None:
     """The headline's half that is ours, and where its time goes: which part is furthest from its plan."""
-    our_step(run, "lora", "lora", cell_of(run), trace=True)
+    our_step(run, "lora")
 
 
 def lora_cublas(run: Run) -> None:
     """Decides in the step what `gemm` decides by kernels: pair_linear's default."""
-    our_step(run, "lora_cublas", "lora", cell_of(run), backend="cublas", trace=True)
+    our_step(run, "lora_cublas", backend="cublas")
 
 
 def r1(run: Run) -> None:
@@ -329,29 +341,36 @@ def r1(run: Run) -> None:
     peer_step(run, "R1")
 
 
-def lora_512(run: Run) -> None:
-    """Decides whether the host's launches are the limit at 512^2 (batch 1), and what a batch of four regains."""
-    for name, batch in (("lora_512", None), ("lora_512_batch4", 4)):
-        with run.guard(name):
-            our_step(run, name, "lora", cell_of(run, 512, batch))
-        run.free()
+def velocities(run: Run) -> None:
+    """Decides whether the pair as a whole computes what it should: the relative errors of the student's and the teacher's
+    velocity, two layers deep, ours and eager's, against fp32's without TF32 (QUICK's in fp32: float64's)."""
+    work = Workload(run.options, cell_of(run, layers=2))
+    work.forget_encoders()
+    ours, eager, time_ = OurStep("lora", work), PeerStep("R2", "lora", work).reference, work.grid[1]
+    found = {}
+    with torch.no_grad():
+        found["ours"] = ours.open()(work.noise, work.noise.new_full((work.batch,), time_))
+        for name, dtype in (("eager", run.dtype), ("exact", exact_dtype(run.dtype))):
+            torch.nn.Module.to(eager.model, dtype)  # with its adapters
+            with exactly(dtype):
+                noise = work.noise.to(torch.promote_types(dtype, work.noise.dtype))
+                found[name] = (-eager.student_prediction(noise, 1.0 - time_, work.student),
+                               -eager.teacher_prediction(noise, 1.0 - time_, work.teacher))
+    ours.close()
+    errors = {name: [relative(*pair) for pair in zip(found[name], found["exact"])] for name in ("ours", "eager")}
+    run.say("velocities", **errors, unit="relative error of v_s, v_t")
 
 
 def full(run: Run) -> None:
     """Decides whether full fine-tuning fits one GPU with all activations kept (planned: 140.5 to 144.6 GB reserved)."""
-    our_step(run, "full", "full", cell_of(run), rounds=4, trace=True)
+    our_step(run, "full", "full", rounds=4)
 
 
 def full_recompute(run: Run) -> None:
     """Decides what recomputation costs where it does not fit: the recipe's setting."""
-    our_step(run, "full_recompute", "full", cell_of(run), "recompute", rounds=3)
+    our_step(run, "full_recompute", "full", "recompute", rounds=3)
 
 
 def r4(run: Run) -> None:
     """The strongest peer, compiled: the ratio that must not be hidden."""
     peer_step(run, "R4")
-
-
-def r2(run: Run) -> None:
-    """What of the published step its encoders are: R1 without them, eager."""
-    peer_step(run, "R2")

@@ -1,13 +1,12 @@
 """Suite `memory`: the peak of a training step's memory, by what is kept for the backward pass.
 
     ours                 activations=keep; in cases "...@selective" and "...@recompute" those
-    R1                   the published step: K graphs, each of checkpoints. It begins at the conditions: its encoders would add
-                         17 GB at full size
+    R1                   the published step: K graphs, each of checkpoints, from its conditions
     R2_uncheckpointed    the same without checkpoints
-    R4                   one graph at a time, not checkpointed, its blocks compiled
+    R4                   one graph at a time, not checkpointed, its blocks compiled; on a GPU
     planner              what dopsd_fast.plan says of ours
 
-The tour measures R1, keep and recompute. Rows of a case, "lora" or "full":
+The tour has R1, keep and recompute. Rows of a case, "lora" or "full":
 
     each         peak_bytes: all that the step holds and allocates, weights and optimizer included
     each         step_bytes: of that, what the step adds to what stays from one to the next: activations, gradients
@@ -15,358 +14,185 @@ The tour measures R1, keep and recompute. Rows of a case, "lora" or "full":
     planner      planned_ratio: planned_bytes over ours' peak_bytes
     CASE/R1      ours: peak_ratio, step_ratio: ours over R1's
 
-Z-Image at its full size and 1024^2 pixels, batch 1, bf16, K = 4, counted on the meta device, cases "...@full_size":
-
-    each         activation_bytes: most that is alive at any time beside weights and optimizer, gradients included
-    each         peak_bytes: with weights and optimizer, R1 with both encoders as published, R2 without; ours as planned, its
-                 masters, moments and average in fp32, the peers' in the model's dtype
-    CASE/R1, R2  ours: activation_ratio, peak_ratio
-
-What stays is the sum of all tensors. What a step adds is, on a GPU, what PyTorch's allocator counts; on a CPU the growth of the
-resident memory, in a fork of this process whose heap gives large tensors pages of their own and returns them at once.
+On a GPU they are measured, by PyTorch's allocator. On a CPU they are counted: what stays is the sum of all tensors, what a step
+adds follows from forward and backward on the meta device. Z-Image at full size (1024^2 pixels, batch 1, bf16, K = 4) is counted
+on every machine, cases "...@full_size", with activation_bytes and activation_ratio for what a step adds. There R1 holds both
+encoders, R2 is R1 without them, and ours is as planned: its masters, moments and average are in fp32, a peer's in the model's
+dtype.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
-import json
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
-from types import SimpleNamespace
+import copy
+import functools
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
 
-from bench import forks
-from bench.arrangements import Memory
-from bench.harness import compiled_in_part, free, new_compiler
-from bench.live import say, tell_parent
-from bench.models import Standard
-from bench.references.reference_eager import Condition
-from bench.results import Options, Row, Status, failed
-from bench.suites import cost
+from bench.harness import Contest, compiled_in_part, free, new_compiler
+from bench.live import say
+from bench.models import Model, building
+from bench.references.reference_eager import Adapter, Condition, ReferenceStep
+from bench.results import Options, Row, failed
 from bench.suites.room import ENCODERS
-from bench.suites.workload import Cell, OurStep, PeerStep, Workload, settings_of
+from bench.suites.workload import OurStep, PeerStep, Workload, settings_of
 from dopsd_fast.conditioning.context import Shapes
-from dopsd_fast.families.published import published_family
-from dopsd_fast.memory.activations import LiveBytes, on_meta
+from dopsd_fast.distributed.plain_engine import PlainEngine
+from dopsd_fast.distributed.process_group import Ranks
+from dopsd_fast.memory.activations import LiveBytes, meta_pair, on_meta
 from dopsd_fast.memory.activations import measure as trace
 from dopsd_fast.memory.ledger import Machine
 from dopsd_fast.memory.planner import make_plan
-from dopsd_fast.settings.schema import Settings
 
 SUITE = "memory"
-POLICIES = ("keep", "selective", "recompute")
-FULL_SIZE = "@full_size"
-LEFT_TO_SUITE = "more peers and activations=selective are measured by `bench/run.py memory`"
-SECONDS = 300.0
-"""After which a fork is ended."""
-PAGED = 64 << 10
-"""Bytes from which on a tensor has pages of its own."""
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+POLICIES = {"": "keep", "@selective": "selective", "@recompute": "recompute"}
+"""What a case's name gets, and the activations that it stands for."""
+Sizes = tuple[float, float, str]
+"""Bytes at the peak, of those what the step adds; what runs otherwise than it is meant to."""
 
 
 def measure(options: Options) -> Iterator[Row]:
     """Rows as they are found."""
-    yield from measured_apart(options) if options.device.type == "cpu" else measured_all(options)
+    model, cuda = Model(options.model, options.device), options.device.type == "cuda"
+    peers = ["R1"] if options.tour else ["R1", "R2_uncheckpointed", *(["R4"] if cuda else [])]
     for kind in options.kinds:
+        step, case = Counted(kind, model), f"{kind}{{}}{{}}{model.suffix}"
+        find: Callable[..., Sizes] = functools.partial(allocated, kind, options) if cuda else step.sizes
+        remarks = {} if cuda else {(name, metric): "counted" for name in ("ours", *peers) for metric in ("peak", "step")}
+        found = yield from compared(case, options, "step", peers, find, remarks)
+        for end, policy in ends(options).items():
+            place = case.format("", end)
+            try:
+                planned = step.planned(policy)
+                yield Row(SUITE, place, "planner", "planned_bytes", planned, "B")
+                if ("ours", end) in found:
+                    yield Row(SUITE, place, "planner", "planned_ratio", planned / found["ours", end][0], "x")
+            except Exception as error:
+                yield failed(SUITE, place, "planner", "planned_bytes", "B", error)
         yield from counted(kind, options)
 
 
-def measured_all(options: Options) -> Iterator[Row]:
-    for kind in options.kinds:
-        yield from measured(kind, options)
+def counted(kind: str, options: Options) -> Iterator[Row]:
+    """Of Z-Image at full size, as on a GPU, though none is asked for."""
+    step = Counted(kind, Model("zimage-turbo", torch.device("cuda")), published=True)
+    remarks = {("R1", "peak"): f"{ENCODERS / 1e9:.1f} GB encoders"}
+    yield from compared(f"{kind}{{}}@full_size{{}}", options, "activation", ["R1", "R2"], step.sizes, remarks)
 
 
-def measured_apart(options: Options) -> Iterator[Row]:
-    """`measured_all` in a process of its own, whose forks inherit no threads and process groups of other suites.
-    ChildFailed: it did not come to its end."""
-    work = asdict(options) | {"device": str(options.device), "threads": 1}
-    with tempfile.TemporaryDirectory() as folder:
-        for row in forks.apart(f"{__name__}:lead", [json.dumps(work)], Path(folder) / "log", {"DS_ACCELERATOR": "cpu"}):
-            yield Row(**row)
+def ends(options: Options) -> dict[str, str]:
+    return {end: policy for end, policy in POLICIES.items() if policy != "selective" or not options.tour}
 
 
-def lead(work: str) -> None:
-    """What that process does. work: the options in JSON."""
-    parent = tell_parent()
-    found = json.loads(work)
-    several = {name: tuple(found[name]) for name in ("peers", "kinds", "ranks")}
-    options = Options(**{**found, **several, "device": torch.device(found["device"])})
-    torch.set_num_threads(1)
-    for row in measured_all(options):
-        parent.found(row)
+def compared(case: str, options: Options, added: str, peers: Sequence[str], find: Callable[[str, str], Sizes],
+             remarks: Mapping[tuple[str, str], str]) -> Generator[Row, None, dict[tuple[str, str], tuple[float, float]]]:
+    """Rows of the peers and of ours, and of ours over R1 and R2. Gives both sizes by (variant, end of the case's name).
 
-
-def ends_of(options: Options) -> dict[str, str]:
-    """What the cases' names get, and the policy that it stands for."""
-    policies = [policy for policy in POLICIES if policy != "selective" or not options.tour]
-    return {f"@{policy}" if policy != "keep" else "": policy for policy in policies}
-
-
-# ---- measured --------------------------------------------------------------------------------------------------------
-
-
-class Peer(PeerStep):
-    """A step of peer `name` that begins at the conditions. Its moments exist before the first step, as ours do."""
-
-    def __init__(self, name: str, kind: str, work: Workload, checkpoint: bool) -> None:
-        super().__init__(name, kind, work)
-        if not checkpoint:
-            self.reference.model.disable_gradient_checkpointing()
-        for parameter in self.reference.trainable.values():
-            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            self.reference.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
-
-    def step(self) -> None:
-        super().step()
-        self.clear()
-
-    def fell_back(self) -> str:
-        return compiled_in_part() if self.name == "R4" else ""
-
-
-PEERS: dict[str, Callable[[str, Workload], Any]] = {
-    "R1": lambda kind, work: Peer("R2", kind, work, True),
-    "R2_uncheckpointed": lambda kind, work: Peer("R2", kind, work, False),
-    "R4": lambda kind, work: Peer("R4", kind, work, False),
-}
-
-
-def measured(kind: str, options: Options) -> Iterator[Row]:
-    """Of the model that the options name."""
-    torch.set_num_threads(options.threads)
-    work = Workload(options)
-    work.forget_encoders()
-    case = f"{kind}{{}}{work.model.suffix}"
-    peaks: dict[tuple[str, str], tuple[float, float]] = {}
-    ends = ends_of(options)
-    if work.model.device.type != "cuda":
-        preload()
-    peers = [name for name in PEERS if name == "R1" or not options.tour]
-    for name, end in [*((name, "") for name in peers), *(("ours", end) for end in ends)]:
-        place = case.format(end)
-        say(f"{SUITE}: {place}, {name}")
-        work.cell = Cell(activations=ends[end] if name == "ours" else "keep")
-        build = PEERS[name] if name in PEERS else lambda kind, work: OurStep(kind, work, work.cell.activations)
+    case: with places for a peer and the end. added: what the metrics of what a step adds are called."""
+    found, metrics = dict[tuple[str, str], tuple[float, float]](), ("peak", added)
+    for name, end, policy in [*((peer, "", "keep") for peer in peers), *(("ours", *pair) for pair in ends(options).items())]:
+        contest = Contest(SUITE, case.format("{}", end), options)
+        say(f"{SUITE}: {contest.place()}, {name}")
         try:
-            peak, growth, note = in_turn(build, kind, work)
+            peak, more, contest.notes[name] = find(name, policy)
+            found[name, end] = peak, more
+            for metric, size in zip(metrics, found[name, end]):
+                yield contest.row(name, f"{metric}_bytes", "B", size, remarks.get((name, metric), ""))
         except Exception as error:
-            for metric in ("peak_bytes", "step_bytes"):
-                yield failed(SUITE, place, name, metric, "B", str(error) if isinstance(error, Lost) else error)
-            continue
-        peaks[name, end] = peak, growth
-        status: Status = "fallback" if note else "ok"
-        said = LEFT_TO_SUITE if options.tour and (name, end) == ("ours", "") else ""
-        yield Row(SUITE, place, name, "peak_bytes", peak, "B", status=status, note=note or said)
-        yield Row(SUITE, place, name, "step_bytes", growth, "B", status=status, note=note)
-    for end, policy in ends.items():
-        yield from ratios(case.format(f"/R1{end}"), "peak_ratio step_ratio", peaks.get(("ours", end)), peaks.get(("R1", "")))
-        try:
-            expected = planned(kind, work, policy)
-            yield Row(SUITE, case.format(end), "planner", "planned_bytes", expected, "B")
-            if ("ours", end) in peaks:
-                yield Row(SUITE, case.format(end), "planner", "planned_ratio", expected / peaks["ours", end][0], "x")
-        except Exception as error:
-            yield failed(SUITE, case.format(end), "planner", "planned_bytes", "B", error)
-
-
-def preload() -> None:
-    """Loads what every fork needs."""
-    import peft.tuners.lora  # noqa: F401
-    import torch._inductor.config  # noqa: F401
-    from diffusers.models.transformers import transformer_z_image  # noqa: F401
-
-    with contextlib.suppress(ImportError):
-        import deepspeed  # noqa: F401
-
-
-def ratios(
-    case: str, metrics: str, ours: Sequence[float] | None, theirs: Sequence[float] | None, name: str = "R1"
-) -> Iterator[Row]:
-    for number, metric in enumerate(metrics.split()):
-        if ours is None or theirs is None:
-            yield failed(SUITE, case, "ours", metric, "x", f"{'ours' if ours is None else name} was not measured")
-        else:
-            yield Row(SUITE, case, "ours", metric, ours[number] / theirs[number], "x")
-
-
-def in_turn(build: Callable[[str, Workload], Any], kind: str, work: Workload) -> tuple[float, float, str]:
-    """(peak, of that the step's own, what fell back) of a step. Lost: it failed in its fork."""
-    if work.model.device.type == "cuda":
-        return examine(build, kind, work)
-    if torch.distributed.is_initialized():
-        raise Lost("this process has a process group, in which a fork would wait for ever: see measured_apart")
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-
-        def call() -> None:
-            try:
-                found: Any = alone(build, kind, work)
-            except Exception as error:
-                found = f"{type(error).__name__}: {error}"
-            result.write_text(json.dumps(found))
-
-        (code,) = forks.wait([forks.fork(call, {}, Path(folder) / "log")], SECONDS)
-        if code:
-            raise Lost(f"the fork ended with {code}")
-        found = json.loads(result.read_text())
-    if isinstance(found, str):
-        raise Lost(found)
-    peak, growth, note = found
-    return peak, growth, note
-
-
-class Lost(Exception):
-    """What went wrong in a fork, in one line."""
-
-
-def alone(build: Callable[[str, Workload], Any], kind: str, work: Workload) -> tuple[float, float, str]:
-    """`examine` in a fork: with one thread, since threads do not survive it."""
-    import torch._inductor.config
-
-    torch._inductor.config.compile_threads = 1
-    torch.set_num_threads(1)
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # the GNU library's
-        libc.mallopt(M_MMAP_THRESHOLD, PAGED)
-        libc.mallopt(M_TRIM_THRESHOLD, PAGED)
-        libc.mallopt(M_MMAP_MAX, 1 << 20)
-        libc.malloc_trim(0)
-    return examine(build, kind, work)
-
-
-def examine(build: Callable[[str, Workload], Any], kind: str, work: Workload) -> tuple[float, float, str]:
-    """Of the second step: the first one loads and compiles."""
-    device = work.model.device
-    new_compiler()
-    torch._dynamo.utils.counters.clear()
-    before = tensors(device)
-    program = build(kind, work)
-    try:
-        program.step()
-        note = program.fell_back()
-        held = sum(storage.nbytes() for key, storage in tensors(device).items() if key not in before)
-        step = Memory(device)
-        program.step()
-        growth = step.growth()
-        return held + growth, growth, note
-    finally:
-        del program
-        free(device)
-
-
-def tensors(device: torch.device) -> dict[int, Any]:
-    """Address -> storage, of all tensors that there are on `device`. What holds the storages keeps their addresses taken."""
-    gc.collect()
-    found = {}
-    for one in gc.get_objects():
-        if issubclass(type(one), torch.Tensor) and one.device.type == device.type and one.layout == torch.strided:
-            storage = one.untyped_storage()
-            found[storage._cdata] = storage
+            for metric in metrics:
+                yield failed(SUITE, contest.place(), name, f"{metric}_bytes", "B", error)
+        for peer in (peer for peer in peers if name == "ours" and peer in ("R1", "R2")):
+            ours, theirs = found.get((name, end)), found.get((peer, ""))
+            for number, metric in enumerate(metrics):
+                if ours and theirs:
+                    yield contest.row("ours", f"{metric}_ratio", "x", ours[number] / theirs[number], peer=peer)
+                else:
+                    why = f"{peer if ours else 'ours'} was not measured"
+                    yield failed(SUITE, contest.place(peer), "ours", f"{metric}_ratio", "x", why)
     return found
 
 
-# ---- planned ---------------------------------------------------------------------------------------------------------
-
-
-def planned(kind: str, work: Workload, activations: str) -> int:
-    """Bytes of the same step by dopsd_fast.plan."""
-    model, device = work.model, work.model.device
-    width, standard = model.config["cap_feat_dim"], model.standard
-    shapes = Shapes(
-        work.family.latent_shape(work.pixels, work.pixels), {"text": (standard.text_tokens, width)},
-        {"text": (standard.teacher_tokens, width)},
-    )
-    settings = settings_of(kind, work, train={"activations": activations})
-    return planned_peak(settings, device.type, work.family, shapes)
-
-
-def planned_peak(settings: Settings, kind: str, family: Any, shapes: Shapes) -> int:
-    """Without what the process and the CUDA context take."""
-    plan = make_plan(settings, Machine(1, 1, None, None, kind), family, shapes)
-    counted_in = [plan.worst.device, *([plan.worst.host] if kind == "cpu" else [])]  # on a GPU the host's are not in the peak
-    return plan.device_peak - sum(part[name] for part in counted_in for name in ("CUDA context", "Python and libraries"))
-
-
-# ---- counted ---------------------------------------------------------------------------------------------------------
-
-
-def counted(kind: str, options: Options) -> Iterator[Row]:
-    """Of Z-Image at full size."""
-    case = f"{kind}{{}}{FULL_SIZE}{{}}"
-    say(f"{SUITE}: {case.format('', '')}, R1")
-    theirs: dict[str, float] = {}
+def allocated(kind: str, options: Options, name: str, policy: str) -> Sizes:
+    """Of the second step, by PyTorch's allocator: the first one loads, compiles and makes the moments."""
+    device, cuda, work = options.device, torch.cuda, Workload(options)
+    work.forget_encoders()
+    new_compiler()
+    torch._dynamo.utils.counters.clear()
+    before = cuda.memory_allocated(device)
+    one: Any = OurStep(kind, work, policy) if name == "ours" else PeerStep("R4" if name == "R4" else "R2", kind, work)
     try:
-        activations, held = reference_bytes(kind), reference_held(kind)
-        theirs = {"R1": held + ENCODERS + activations, "R2": held + activations, "activations": activations}
-        yield Row(SUITE, case.format("", ""), "R1", "activation_bytes", theirs["activations"], "B")
-        yield Row(SUITE, case.format("", ""), "R1", "peak_bytes", theirs["R1"], "B", note=f"{ENCODERS / 1e9:.1f} GB encoders")
-        yield Row(SUITE, case.format("", ""), "R2", "peak_bytes", theirs["R2"], "B")
-    except Exception as error:
-        for metric in ("activation_bytes", "peak_bytes"):
-            yield failed(SUITE, case.format("", ""), "R1", metric, "B", error)
-    for end, policy in ends_of(options).items():
-        say(f"{SUITE}: {case.format('', end)}, ours")
-        ours: dict[str, float] = {}
-        try:
-            ours = {"activation": our_bytes(kind, policy), "peak": our_peak(kind, policy)}
-            for what, value in ours.items():
-                yield Row(SUITE, case.format("", end), "ours", f"{what}_bytes", value, "B")
-        except Exception as error:
-            for what in ("activation", "peak"):
-                yield failed(SUITE, case.format("", end), "ours", f"{what}_bytes", "B", error)
-        for name, what, against in (("R1", "activation", "activations"), ("R1", "peak", "R1"), ("R2", "peak", "R2")):
-            mine, his = ([of[key]] if of else None for of, key in ((ours, what), (theirs, against)))
-            yield from ratios(case.format(f"/{name}", end), f"{what}_ratio", mine, his, name)
+        if name == "R2_uncheckpointed":
+            one.reference.model.disable_gradient_checkpointing()
+        one.step()
+        one.clear()
+        fell = compiled_in_part() if name == "R4" else one.fell_back()
+        stays = cuda.memory_allocated(device)
+        cuda.reset_peak_memory_stats(device)
+        one.step()
+        peak = cuda.max_memory_allocated(device)
+        return peak - before, peak - stays, fell
+    finally:
+        one.close()
+        del one
+        free(device)
 
 
-def full_size(kind: str, activations: str) -> tuple[Settings, Any, Shapes]:
-    standard = Standard(1024, cost.LATENT[0], cost.TEXT, cost.TEACHER_TEXT, cost.RANK, cost.ALPHA)
-    model = SimpleNamespace(precision="bf16", standard=standard)
-    work = SimpleNamespace(batch=standard.batch, states=standard.states, model=model)
-    settings = settings_of(kind, work, train={"activations": activations})
-    family = published_family("zimage", settings.conditioning)
-    student, teacher = ({"text": (tokens, cost.TEXT_WIDTH)} for tokens in (cost.TEXT, cost.TEACHER_TEXT))
-    return settings, family, Shapes(cost.LATENT[1:], student, teacher)
+class Counted:
+    """A training step on a model of any size on the meta device; nothing is computed or allocated. published: R1 holds its
+    encoders, and ours is as planned."""
+
+    def __init__(self, kind: str, model: Model, published: bool = False) -> None:
+        self.kind, self.model, self.is_published, standard = kind, model, published, model.standard
+        self.batch, self.states, self.machine = standard.batch, standard.states, model.device.type
+        width = model.config["cap_feat_dim"]
+        texts = [{"text": (tokens, width)} for tokens in (standard.text_tokens, standard.teacher_tokens)]
+        self.shapes = Shapes(model.family.latent_shape(standard.pixels, standard.pixels), *texts)
+
+    def sizes(self, name: str, policy: str) -> Sizes:
+        """Of a peer or of ours. What stays is all tensors that pair and engine make, whatever the planner says of them. What a
+        deep peer has follows from few layers, since what is alive at its peak is affine in them."""
+        if name != "ours":
+            layers = self.model.config["n_layers"]
+            few, more = (alive(self, name != "R2_uncheckpointed", min(depth, layers)) for depth in (2, 3))
+            stays, added = (a + (b - a) * max(layers - 2, 0) for a, b in zip(few, more))
+            return stays + added + (ENCODERS if name == "R1" and self.is_published else 0), added, ""
+        settings = self.settings(policy)
+        added = trace(self.model.family, settings, self.shapes, None, self.machine).peak
+        if self.is_published:
+            return self.planned(policy), added, ""
+        with LiveBytes() as live:
+            pair = meta_pair(self.model.family, settings)
+            engine = PlainEngine(pair, settings.train, settings.teacher, Ranks(0, 1, 0, torch.device("meta")))
+            stays = live.live
+        del pair, engine
+        return stays + added, added, ""
+
+    def planned(self, policy: str) -> int:
+        """Ours' peak by dopsd_fast.plan, without what the process and the CUDA context take."""
+        plan = make_plan(self.settings(policy), Machine(1, 1, None, None, self.machine), self.model.family, self.shapes)
+        counted_in = [plan.worst.device, *([plan.worst.host] if self.machine == "cpu" else [])]
+        return plan.device_peak - sum(part[name] for part in counted_in for name in ("CUDA context", "Python and libraries"))
+
+    def settings(self, policy: str) -> Any:
+        return settings_of(self.kind, self, train={"activations": policy})
 
 
-def our_bytes(kind: str, activations: str) -> int:
-    settings, family, shapes = full_size(kind, activations)
-    return trace(family, settings, shapes, None).peak
-
-
-def our_peak(kind: str, activations: str) -> int:
-    """As planned for one GPU."""
-    settings, family, shapes = full_size(kind, activations)
-    return planned_peak(settings, "cuda", family, shapes)
-
-
-def reference_held(kind: str) -> int:
-    """Weights and, of what trains, two moments and the average, in the model's dtype."""
-    step = cost.reference(kind, cost.Size(), checkpointing=True)
-    models = [model for model in (step.model, step.teacher) if model is not None]
-    weights = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
-    return weights + 3 * sum(p.numel() * p.element_size() for p in step.trainable.values())
-
-
-def reference_bytes(kind: str) -> int:
-    """Follows from few layers, since what is alive at the peak is affine in them."""
-    size = cost.Size()
-    few, more = (traced_bytes(kind, replace(size, layers=layers)) for layers in (2, 3))
-    return few + (more - few) * (size.layers - 2)
-
-
-def traced_bytes(kind: str, size: cost.Size) -> int:
-    step = cost.reference(kind, size, checkpointing=True)
-    noise = torch.empty(cost.LATENT, device="meta", dtype=torch.bfloat16)
-    conditions = [[Condition(cost.text(tokens))] for tokens in (cost.TEXT, cost.TEACHER_TEXT)]
-    live = LiveBytes()
-    with on_meta(False), mock.patch.object(torch.Tensor, "item", lambda tensor: 0.0), live:
+@functools.cache
+def alive(counted: Counted, checkpoint: bool, layers: int) -> tuple[int, int]:
+    """Bytes of the published step that stay, which are the weights and, of what trains, two moments and the average, in the
+    model's dtype; and of forward and backward at their peak."""
+    model, shapes, standard = counted.model, counted.shapes, counted.model.standard
+    family = copy.copy(model.family)
+    family.transformer_config = family.transformer_config | {"n_layers": layers}
+    adapter = Adapter(standard.rank, standard.alpha) if counted.kind == "lora" else None
+    with building("meta", model.dtype):
+        sigmas = [1.0, *[0.0] * standard.states]
+        step = ReferenceStep(family.meta_transformer(), sigmas, adapter=adapter, ema_dtype=None,
+                             gradient_checkpointing=checkpoint)
+        noise = torch.empty(standard.batch, *shapes.latent)
+        conditions = [[Condition(torch.empty(texts["text"]))] * standard.batch for texts in (shapes.student, shapes.teacher)]
+    with on_meta(False), mock.patch.object(torch.Tensor, "item", lambda tensor: 0.0), LiveBytes() as live:
         step.backward(noise, *conditions)
-    return live.peak
+    held = [p for whole in (step.model, step.teacher) if whole is not None for p in whole.parameters()]
+    return sum(p.nbytes for p in held) + 3 * sum(p.nbytes for p in step.trainable.values()), live.peak
