@@ -156,7 +156,8 @@ def test_the_rows_of_conditioning(name):
     assert stored < found[case, "disk", "bytes_per_record"].value < 2 * stored + 4096
     if name == "zimage-small":
         assert stored == (20 + 80) * 64 * 4
-        assert found[case, "every_step", "encoder_bytes"].value == 4 * sum(map(parameters, RandomEncoders(Model(name, CPU)).modules()))
+        modules = RandomEncoders(Model(name, CPU)).modules()
+        assert found[case, "every_step", "encoder_bytes"].value == 4 * sum(map(parameters, modules))
     else:  # ours shares the language weights and holds no language head
         assert found[case, "every_step", "encoder_bytes"].value < found[case, "R1", "encoder_bytes"].value
 

@@ -12,7 +12,7 @@ from bench.results import Options, Row, merged
 from bench.suites import forward, rollout
 from bench.suites.measurement import cells
 from bench.suites.rollout import SAMPLING, Peer, Rollout
-from bench.suites.workload import STANDARD, Cell, Workload
+from bench.suites.workload import STANDARD, Cell, Workload, stock_name
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -36,6 +36,21 @@ def unable(*given):
 
 
 # ---- rollout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_student_and_teacher_differ_alike_in_all_variants(kind):
+    work = Workload(tiny_options())
+    ours = rollout.Ours(kind, work)
+    for dtype in (None, torch.float64):
+        theirs = Peer("R2", kind, work, dtype).reference
+        named = theirs.trainable.items()
+        by_name = {stock_name(name): (weight, theirs.teacher_weights[name]) for name, weight in named}
+        for trained in ours.pair.trained():
+            student, teacher = by_name[trained.name]
+            assert torch.equal(trained.student.double(), student.double()), trained.name
+            assert torch.equal(trained.teacher.double(), teacher.double()), trained.name
+            assert not torch.equal(student, teacher) or not student.any(), trained.name
 
 
 def test_rows_of_rollout():

@@ -30,7 +30,6 @@ from dopsd_fast.pair.student_teacher import STUDENT, TEACHER
 
 
 def measure(options: Options) -> Iterator[Row]:
-    """Rows as they are found."""
     for kind in options.kinds:
         for cell in cells(options, [Cell(pixels=512, batch=4)], [Cell(batch=1)]):
             yield from Forward(kind, options, cell, [name for name in VARIANTS if name != "ours"]).rows()

@@ -87,7 +87,6 @@ VARIANTS: dict[str, Callable[[Drawn, str], Any]] = {"ours": Ours, "torch": Torch
 
 
 def measure(options: Options) -> Iterator[Row]:
-    """Rows as they are found, case by case."""
     device, elements = options.device, 1 << 16 if options.quick else ELEMENTS[options.device.type]
     for dtype, masters in CASES[:1] if options.tour else CASES:
         case = f"{str(dtype).removeprefix('torch.')}_gradients{{}}" + ("" if masters == "fp32" else f"@{masters}")
@@ -99,7 +98,7 @@ def measure(options: Options) -> Iterator[Row]:
             Ours(draw(elements, dtype, torch.device("meta")), masters).step()
         yield contest.row("ours", "bytes_per_step", "B", counted.bytes)
         amounts = {"bytes_per_second": ("B/s", float(counted.bytes)),
-                   "ceiling_share": ("", counted.bytes / ceilings(device, dtype, options.quick).bytes_per_second)}
+                   "ceiling_share": ("", counted.bytes / ceilings(device, torch.float32, options.quick).bytes_per_second)}
         calls = {name: one.step for name, one in contest.alive.items()}
         yield from contest.time(calls, partial(contest.speeds, amounts=amounts), usual=15, tour=7, warmup=1, kernel=True)
         contest.alive.clear()

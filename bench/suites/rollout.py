@@ -3,13 +3,13 @@
 Cases "lora" and "full": one measurement goes from x_0 = noise through K states: student and teacher velocity, the loss term,
 Euler's step, and the mean loss as a number. R1 runs its encoders first, every time, as published; the others have the
 conditions computed once. Ours also refines the captions in every measurement: once for its K states, diffusers in every state.
-LoRA's B is not zero. Case "student": sampling as it is deployed, K velocities of the student alone and Euler's steps, from
-prompt embeddings to latents without guidance, with the weights as they lie on the disk; ours is the pair forward with one
-branch, as the training run's pictures are made, the peer `diffusers` is ZImagePipeline. Rows, with "@K8" for eight states:
+Teacher and student differ, LoRA's B is not zero. Case "student": sampling as it is deployed, K velocities of the student and
+Euler's steps, from prompt embeddings to latents without guidance, the weights as they lie on the disk; ours is the pair
+forward with one branch, as a training run's pictures are made, the peer `diffusers` is ZImagePipeline. Rows, "@K8" for K = 8:
 
     each       seconds_per_rollout, states_per_second (K * batch / seconds)
-    each       final_state_relative_error, loss_relative_error: of x_K and of the mean loss, against float64 (for bf16 models
-               against fp32 without TF32), R1 from the same conditions as the others
+    each       final_state_relative_error, loss_relative_error: of x_K and of the mean loss, against float64 (bf16 models:
+               fp32 without TF32), R1 from the same conditions as the others
     CASE/PEER  ours: speedup, the peer's seconds over ours, round by round
 """
 
@@ -39,7 +39,6 @@ Outcome = tuple[Tensor, float]
 
 
 def measure(options: Options) -> Iterator[Row]:
-    """Rows as they are found."""
     for kind in (*options.kinds, SAMPLING):
         for cell in cells(options, MORE, MORE):
             yield from Rollout(kind, options, cell, ["diffusers"] if kind == SAMPLING else ()).rows()

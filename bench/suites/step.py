@@ -37,7 +37,6 @@ NARROW = [*POLICIES, Cell(batch=1), Cell(batch=4)]
 
 
 def measure(options: Options) -> Iterator[Row]:
-    """Rows as they are found."""
     for cell in cells(options, WIDE, NARROW):
         for kind in options.kinds:
             yield from Step(kind, options, cell).rows()
@@ -100,10 +99,9 @@ class Step(Measurement):
         yield from self.contest.time(calls, self.tabulate, usual, tour)
 
     def tabulate(self, found: Seconds) -> Iterator[Row]:
-        options, dtype = self.options, self.work.model.dtype
         amounts = {"states_per_second": ("1/s", float(self.work.states * self.work.batch))}
         if self.flops:
-            ceiling = ceilings(options.device, dtype, options.quick).flops_per_second
+            ceiling = ceilings(self.options.device, self.work.model.dtype, self.options.quick).flops_per_second
             amounts |= {"flops_per_second": ("FLOP/s", self.flops), "mfu": ("", self.flops / ceiling)}
         yield from self.contest.speeds(found, amounts)
         for name in found.keys() & self.peaks.keys():

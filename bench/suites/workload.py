@@ -36,6 +36,8 @@ from dopsd_kernels.triton_compat import HAS_TRITON
 LEARNING_RATE, GRAD_CLIP, EMA_DECAY = 1e-5, 1.0, 0.9999
 B_SPREAD = 0.01
 """Standard deviation of every adapter's B: at the published zero, half of the gradients would be zero."""
+APART = 1.015625
+"""A teacher's weights over its student's, of a whole model that does not train."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +132,16 @@ class Workload:
 
 
 @torch.no_grad()
-def fill(name: str, adapter: Tensor, dtype: torch.dtype) -> None:
-    """Values of one adapter matrix, by its stock name and shape alone, rounded to `dtype`: A as published, B not zero."""
-    draw = torch.Generator(adapter.device).manual_seed(zlib.crc32(name.encode()))
-    spread = 1.0 / len(adapter) if ".lora_A." in name else B_SPREAD
-    adapter.copy_((torch.randn(adapter.shape, generator=draw, device=adapter.device) * spread).to(dtype))
+def begin(kind: str, name: str, student: Tensor, teacher: Tensor, dtype: torch.dtype, trains: bool) -> None:
+    """Sets a trained tensor and its teacher's by its stock name and shape alone, rounded to `dtype`: of an adapter, A as
+    published and B not zero. Where nothing trains the teacher's is another, so that whoever mixes them up is seen."""
+    if kind == "lora":
+        for side, label in ((student, name), (teacher, name if trains else f"teacher.{name}")):
+            draw = torch.Generator(side.device).manual_seed(zlib.crc32(label.encode()))
+            spread = 1.0 / len(side) if ".lora_A." in name else B_SPREAD
+            side.copy_((torch.randn(side.shape, generator=draw, device=side.device) * spread).to(dtype))
+    elif not trains:
+        teacher.copy_(teacher.to(dtype) * APART)
 
 
 def settings_of(kind: str, work: Any, **sections: Mapping[str, Any]) -> Settings:
@@ -176,7 +183,7 @@ class Program:
 
 class OurStep(Program):
     """Pair, objective and engine as the trainer runs them (ZeRO 0, one process). A class whose `trains` is False has neither
-    engine nor optimizer, which predicting velocities does not need."""
+    engine nor optimizer, which predicting velocities does not need, and a teacher of its own."""
 
     engine: Engine
     trains = True
@@ -186,9 +193,8 @@ class OurStep(Program):
         model, self.work, self.objective = work.model, work, make_objective(settings.method)
         with model.device:  # PEFT draws adapters on the default device: 952 matrices from the CPU keep a GPU waiting
             self.pair = build_pair(model.family, settings, model.dtype, model.device)
-        for one in self.pair.trained() if kind == "lora" else ():
-            for side in (one.student, one.teacher):
-                fill(one.name, side, model.dtype)
+        for one in self.pair.trained():
+            begin(kind, one.name, one.student, one.teacher, model.dtype, self.trains)
         if self.trains:
             alone = Ranks(0, 1, 0, next(self.pair.parameters()).device)
             self.engine = PlainEngine(self.pair, settings.train, settings.teacher, alone)
@@ -228,8 +234,8 @@ class OurStep(Program):
 
 
 class PeerStep(Program):
-    """Peer R1 ... R4; the teacher begins as the student. dtype: to compute in another than the model's, on the same weights. A
-    class whose `trains` is False drops the average."""
+    """Peer R1 ... R4. dtype: to compute in another than the model's, on the same weights. A class whose `trains` is False has
+    no average."""
 
     trains = True
 
@@ -246,9 +252,9 @@ class PeerStep(Program):
                 ema_dtype=torch.float32 if self.trains else None,
                 encoders=work.encoders if name == "R1" and dtype is None else None, **STRONGER[name],
             )
-        for full, parameter in step.trainable.items() if kind == "lora" else ():
-            for side in (parameter, step.teacher_weights[full], step.ema[full]):
-                fill(stock_name(full), side, work.model.dtype)
+        for full, parameter in step.trainable.items():
+            begin(kind, stock_name(full), parameter, step.teacher_weights[full], work.model.dtype, self.trains)
+            step.ema[full].copy_(step.teacher_weights[full])
         if not self.trains:
             step.ema.clear()
 
