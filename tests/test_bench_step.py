@@ -1,8 +1,6 @@
 """Suite `step`: its peers, what it counts, and what it says of what failed, fell back or does not fit."""
 
 import math
-import re
-import tomllib
 from dataclasses import replace
 
 import pytest
@@ -10,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bench import harness, needed
+from bench import harness
 from bench.models import Model
 from bench.references import reference_eager as reference
-from bench.results import ROOT, Options, Row, merged
+from bench.results import Options, Row, merged
 from bench.suites import room, step, workload
 from bench.suites.measurement import cells
 from bench.suites.products import Products
@@ -267,14 +265,6 @@ def test_every_product_is_counted_once():
                 layers[3](torch.zeros(5, 4))
     # q, k, v: forward, dx, dW; attention: 2 forward, 4 backward; frozen: no dW; without gradient
     assert products.flops == 2 * (3 * 720 + 6 * 144 + 2 * 168 + 3 * 140)
-
-
-def test_what_is_needed_is_named():
-    """Whoever adds a dependency to pyproject.toml says in bench/needed.py whether the GPU machine has it."""
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    names = {re.match(r"[\w-]+", entry)[0].lower().replace("_", "-") for entry in declared}
-    listed = {package.name for package in needed.PACKAGES}
-    assert names - listed == set(), "name it in bench/needed.py"
 
 
 def test_numbers_that_are_none_are_failures():
