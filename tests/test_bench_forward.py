@@ -53,9 +53,12 @@ def test_student_and_teacher_differ_alike_in_all_variants(kind):
             assert not torch.equal(student, teacher) or not student.any(), trained.name
 
 
-def test_rows_of_rollout():
+def test_rows_of_rollout(monkeypatch):
     """With eight states for the peers that are compared with everywhere, R1 and R4, and in the tour with four alone."""
-    options = replace(tiny_options(peers=("R1", "R2"), rounds=1), quick=False)
+    options = tiny_options(peers=("R1", "R2"), rounds=1)
+    assert cells(replace(options, quick=False), rollout.MORE, rollout.MORE) == [STANDARD, Cell(states=8)]
+    assert cells(replace(options, tour=True, quick=False), rollout.MORE, rollout.MORE) == [STANDARD]
+    monkeypatch.setattr(rollout, "cells", lambda options, wide, narrow: [STANDARD, *narrow])  # without further warm-ups
     rows = found("rollout", rollout.measure(options))
     for kind, peers in (("lora", ("R1", "R2")), ("full", ("R1", "R2")), (SAMPLING, ("diffusers",))):
         for end, states in (("", 4), ("@K8", 8)):
@@ -71,7 +74,6 @@ def test_rows_of_rollout():
                 assert ratio.unit == "x" and ratio.n == 1 and ratio.value > 0
             assert end == "" or (case, "R2", "seconds_per_rollout") not in rows
     assert all(row.status == "ok" and not row.note for row in rows.values())
-    assert cells(replace(options, tour=True), rollout.MORE, rollout.MORE) == [STANDARD]
 
 
 def test_the_published_rollout_begins_with_its_encoders(monkeypatch):
@@ -152,8 +154,8 @@ def test_rows_of_forward(monkeypatch):
 def test_what_cannot_run_forward_leaves_rows_and_another_batch_is_measured(monkeypatch):
     monkeypatch.setitem(forward.VARIANTS, "compiled", unable)
     monkeypatch.delitem(forward.VARIANTS, "two_calls")
-    options = replace(tiny_options(kinds=("lora",), rounds=1), quick=False)
-    rows = found("forward", forward.measure(options))
+    monkeypatch.setattr(forward, "cells", lambda options, wide, narrow: [STANDARD, *narrow])
+    rows = found("forward", forward.measure(tiny_options(kinds=("lora",), rounds=1)))
     for cell in ("", "@batch1"):
         for key in ((f"lora{cell}@zimage", "compiled", "seconds_forward"),
                     (f"lora/compiled{cell}@zimage", "ours", "speedup_forward")):

@@ -115,18 +115,18 @@ def test_adapters_are_drawn_on_the_models_device(monkeypatch):
 
 
 def test_rows_of_the_suite():
-    rows = found(step.measure(tiny_options(peers=("R1", "R2"))))
+    rows = found(step.measure(tiny_options(peers=("R1", "R2"), rounds=1)))
     for kind in ("lora", "full"):
         case = f"{kind}@zimage"
         for variant in ("ours", "R1", "R2"):
             value = {metric: row.value for (at, of, metric), row in rows.items() if (at, of) == (case, variant)}
-            assert value["states_per_second"] == pytest.approx(4 * 8 / value["seconds_per_step"], rel=0.5)  # medians of two
+            assert value["states_per_second"] == pytest.approx(4 * 8 / value["seconds_per_step"])
             assert value["mfu"] > 0 and value["flops_per_second"] > 0
             # fp32 against float64 through some ten layers: far below 1e-4 where the step is the same, far above if not
             assert value["gradient_relative_error"] < 1e-4
         for peer in ("R1", "R2"):
             ratio = rows[f"{kind}/{peer}@zimage", "ours", "speedup"]
-            assert ratio.unit == "x" and ratio.n == 2 and ratio.value > 0
+            assert ratio.unit == "x" and ratio.n == 1 and ratio.value > 0
     assert all(row.status == "ok" and not row.note for row in rows.values())
 
 
@@ -189,12 +189,14 @@ def test_bf16_is_compared_with_fp32_and_what_does_not_fit_beside_ours_follows(mo
     states. Ours is to be no worse than twice the peer's. R2 has no room beside ours, so it is measured afterwards."""
     monkeypatch.setattr(Model, "dtype", torch.bfloat16)
     monkeypatch.setattr(room.Room, "beside_ours", lambda self, *names: False)
-    rows = found(step.measure(tiny_options(peers=("R2",), kinds=("lora",))))
-    ours, theirs = (rows["lora@zimage", variant, "gradient_relative_error"] for variant in ("ours", "R2"))
+    rows = found(step.Step("lora", tiny_options(rounds=1), Cell(batch=2), ["R2"]).rows())
+    case = "lora{}@batch2@zimage"
+    ours, theirs = (rows[case.format(""), variant, "gradient_relative_error"] for variant in ("ours", "R2"))
     assert 1e-3 < theirs.value < 0.2 and ours.value <= 2 * theirs.value
     assert theirs.note == "against fp32 without TF32" and ours.status == "fallback" and theirs.status == "ok"
-    speedup, seconds = (rows["lora/R2@zimage", "ours", "speedup"], rows["lora@zimage", "ours", "seconds_per_step"])
-    assert "measured one after the other" in speedup.note and speedup.value > 0 and speedup.n == seconds.n == 2
+    speedup = rows[case.format("/R2"), "ours", "speedup"]
+    ours, theirs = (rows[case.format(""), variant, "seconds_per_step"] for variant in ("ours", "R2"))
+    assert "measured one after the other" in speedup.note and speedup.value == pytest.approx(theirs.value / ours.value)
 
 
 def test_an_exact_gradient_that_cannot_be_computed_is_a_failed_row(monkeypatch):
