@@ -5,8 +5,7 @@ Cases: the gradients' dtype, and how ours stores the masters and the average. to
 parameters' dtype, so bf16 ones are cast first. Rows of a case:
 
     each        seconds_per_step, bytes_per_second, ceiling_share: the bytes that ours declares (bytes_per_step), over the
-                seconds and over what a copy on this machine moves in them; above 1 it writes what it has just read, where a
-                copy on a CPU also fetches the lines that it overwrites
+                seconds and over what a copy moves in them; above 1: on a CPU the copy fetches what it overwrites
     each        master_relative_error, ema_relative_error: after ten steps, relative to float64 in the 2-norm
     CASE/torch  ours: speedup
 """
@@ -94,8 +93,9 @@ def measure(options: Options) -> Iterator[Row]:
         contest.peers, drawn = ["torch"], draw(elements, dtype, device)
         for name, make in VARIANTS.items():
             yield from contest.build(name, partial(make, drawn, masters), partial(errors, make, dtype, masters, device))
+        ours = Ours(draw(elements, dtype, torch.device("meta")), masters)
         with Counted() as counted:
-            Ours(draw(elements, dtype, torch.device("meta")), masters).step()
+            ours.step()
         yield contest.row("ours", "bytes_per_step", "B", counted.bytes)
         amounts = {"bytes_per_second": ("B/s", float(counted.bytes)),
                    "ceiling_share": ("", counted.bytes / ceilings(device, torch.float32, options.quick).bytes_per_second)}
