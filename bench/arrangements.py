@@ -16,7 +16,7 @@ from bench.models import Model
 from bench.references.plain_zero import LIKE_A_LARGE_MODEL, PlainZero
 from bench.references.reference_eager import Adapter, Condition
 from bench.suites.collectives import Collectives
-from bench.suites.workload import OurStep, Workload, pair_on_device, settings_of
+from bench.suites.workload import OurStep, Workload, settings_of
 from dopsd_fast.distributed.registry import make_engine
 from dopsd_fast.method.registry import make_objective
 from dopsd_fast.settings.deepspeed_dict import deepspeed_config
@@ -90,7 +90,7 @@ class Ours(OurStep):
             deepspeed={"stage": one.stage, "gather": one.gather if one.stage == 3 else "auto",
                        "config": {"zero_optimization": zero} if zero else {}},
         )
-        self.pair = pair_on_device(batch.model, settings)
+        self.pair = batch.model.pair(settings)
         self.objective = make_objective(settings.method)
         self.engine = make_engine(self.pair, settings.train, settings.teacher, settings.deepspeed, deepspeed_config(settings))
 

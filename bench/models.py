@@ -20,8 +20,10 @@ from torch import Tensor
 
 from dopsd_fast.errors import UserError
 from dopsd_fast.families.base import Family
+from dopsd_fast.families.build import build_pair
 from dopsd_fast.families.published import PUBLISHED, published_family
 from dopsd_fast.families.registry import open_family
+from dopsd_fast.pair.student_teacher import Pair
 from dopsd_fast.settings.schema import Settings
 
 SMALL = {"dim": 192, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 3, "n_kv_heads": 3, "cap_feat_dim": 64,
@@ -99,6 +101,13 @@ class Model:
     def transformer(self, dtype: torch.dtype | None = None) -> Any:
         """A new diffusers transformer on the device, the same weights every time."""
         return self.family.load_transformer(dtype or self.dtype).to(self.device)
+
+    def pair(self, settings: Settings) -> Pair:
+        """As the trainer builds it, on the device. PEFT draws adapters on the default device: 952 matrices of Z-Image's two adapters,
+        drawn on the CPU, would keep a GPU waiting."""
+        s = settings
+        with self.device:
+            return build_pair(self.family, s.backbone, s.adapter, s.teacher, s.train, self.dtype, self.device)
 
     def _draw(self, dtype: torch.dtype) -> Any:
         model = torch.nn.Module.to(self.family.meta_transformer(), dtype).to_empty(device=self.device)

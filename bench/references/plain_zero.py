@@ -2,15 +2,10 @@
 `deepspeed.initialize` as they are, with torch's AdamW. The step is the published one (reference_eager.py): gradient
 checkpointing, the graphs of K states, one backward.
 
-DeepSpeed's defaults hold but for three settings, which make a small model behave as a large one does:
-
-    stage3_param_persistence_threshold 0   by default parameters under 100,000 elements are never sharded: of 6 B parameters
-                                           next to none, of a small model all
-    stage3_max_live_parameters 0           by default blocks are gathered ahead until 10^9 elements are whole, and prefetched
-    stage3_max_reuse_distance 0            in buckets of 5 * 10^7, and what is used again within 10^9 elements stays: of 6 B
-                                           parameters a sixth, of a small model all, so that it would never be sharded
-
-Measured on the embedded model: defaults scaled to its size give the same counts as these zeros.
+DeepSpeed's defaults hold but for three settings that are 0, so that a small model behaves as a large one does: by default
+parameters under 100,000 elements are never sharded (persistence_threshold), blocks are gathered ahead until 10^9 elements are
+whole (max_live_parameters), and what is used again within 10^9 elements stays (max_reuse_distance): of 6 B parameters a sixth,
+of a small model all, so that it would never be sharded. Defaults scaled to the embedded model's size give the same counts.
 
 A block is gathered for the student's forward, for the teacher's, to compute it again and for its backward: 4 K times a step
 (DeepSpeed keeps a frozen one, of LoRA, between the last two: 3 K). What is not checkpointed, embedders and the last layer, is
@@ -19,7 +14,6 @@ gathered for the forwards, 2 K times, and a few more.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,13 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.references.reference_eager import Adapter, Condition, add_adapters, predict_noise_direction
+from bench.references.reference_eager import Adapter, Condition, add_teacher, predict_noise_direction, predict_teacher
 
-LIKE_A_LARGE_MODEL = {
-    "stage3_param_persistence_threshold": 0,
-    "stage3_max_live_parameters": 0,
-    "stage3_max_reuse_distance": 0,
-}
+EMA_DECAY = 0.9999
+LIKE_A_LARGE_MODEL = dict.fromkeys(
+    ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"), 0
+)
 
 
 class Both(nn.Module):
@@ -43,53 +36,30 @@ class Both(nn.Module):
         super().__init__()
         self.student, self.teacher = student, teacher
 
-    def forward(
-        self, x: Tensor, sigma: float, student: Sequence[Condition], teacher: Sequence[Condition]
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, sigma: float, student: Sequence[Condition],
+                teacher: Sequence[Condition]) -> tuple[Tensor, Tensor]:
         prediction = predict_noise_direction(self.student, x, sigma, student)
-        with torch.no_grad():
-            if self.teacher is not None:
-                return prediction, predict_noise_direction(self.teacher, x, sigma, teacher)
-            self.student.set_adapter("teacher")
-            target = predict_noise_direction(self.student, x, sigma, teacher)
-            self.student.set_adapter("student")
-            return prediction, target
+        return prediction, predict_teacher(self.student, self.teacher, x, sigma, teacher)
 
 
 class PlainZero:
-    """`model`: a diffusers transformer, changed in place. `sigmas`: sigma_0 = 1 ... sigma_K = 0. `zero`: DeepSpeed's section
-    zero_optimization beyond the stage. The process group must exist."""
+    """`model`: a diffusers transformer, changed in place. `sigmas`: sigma_0 = 1 ... sigma_K = 0. There is a process group."""
 
-    def __init__(
-        self,
-        model: Any,
-        sigmas: Sequence[float],
-        *,
-        batch_size: int,
-        adapter: Adapter | None = None,
-        learning_rate: float = 1e-4,
-        grad_clip: float = 1.0,
-        ema_decay: float = 0.9999,
-        zero: dict[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, model: Any, sigmas: Sequence[float], *, batch_size: int, adapter: Adapter | None = None,
+                 learning_rate: float = 1e-4) -> None:
         import deepspeed
 
-        self.sigmas, self.ema_decay = list(sigmas), ema_decay
-        teacher = None
-        if adapter is None:
-            teacher = copy.deepcopy(model).requires_grad_(False)
-            model.requires_grad_(True)
-            self.trained = list(zip(model.parameters(), teacher.parameters()))
-        else:
-            self.trained = list(zip(*(named.values() for named in add_adapters(model, adapter))))
+        self.sigmas = list(sigmas)
+        teacher, students, teachers = add_teacher(model, adapter)
+        self.trained = list(zip(students.values(), teachers.values()))
         model.enable_gradient_checkpointing()
         self.both = Both(model, teacher)
         config = {
             "train_micro_batch_size_per_gpu": batch_size,
-            "gradient_clipping": grad_clip,
+            "gradient_clipping": 1.0,
             "bf16": {"enabled": next(model.parameters()).dtype == torch.bfloat16},
             "steps_per_print": 1 << 62,
-            "zero_optimization": {"stage": 3, **(LIKE_A_LARGE_MODEL if zero is None else zero)},
+            "zero_optimization": {"stage": 3, **LIKE_A_LARGE_MODEL},
         }
         optimizer = torch.optim.AdamW([student for student, _ in self.trained], lr=learning_rate, weight_decay=0.0)
         self.engine = deepspeed.initialize(model=self.both, optimizer=optimizer, config=config)[0]
@@ -119,10 +89,9 @@ class PlainZero:
 
         for student, teacher in self.trained:
             with deepspeed.zero.GatheredParameters([student, teacher], modifier_rank=0):
-                teacher.lerp_(student, 1 - self.ema_decay)
+                teacher.lerp_(student, 1 - EMA_DECAY)
 
     def step(self, noise: Tensor, student: Sequence[Condition], teacher: Sequence[Condition]) -> float:
-        """One whole training step."""
         loss = self.backward(noise, student, teacher)
         self.update_teacher()
         return loss

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.models import WIDE, Model, building, draw_weights
-from bench.references.reference_eager import Condition
+from bench.references.reference_eager import Condition, vision_features
 
 LANGUAGE = dict(
     vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
@@ -28,16 +28,12 @@ VISION = dict(
     depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, out_hidden_size=2560, patch_size=16,
     spatial_merge_size=2, temporal_patch_size=2, num_position_embeddings=2304, deepstack_visual_indexes=[5, 11, 17],
 )
-ROPE_SECTIONS = [24, 20, 20]
-
 SMALL_LANGUAGE = LANGUAGE | dict(
     vocab_size=512, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16
 )
 SMALL_VISION = VISION | dict(
     depth=2, hidden_size=64, intermediate_size=128, num_heads=4, num_position_embeddings=64, deepstack_visual_indexes=[0]
 )
-SMALL_SECTIONS = [4, 2, 2]
-
 IMAGE_SHARE = 0.75
 """Of the teacher's tokens: 576 of 768 are a picture of 768x768 pixels, the most that recipes/zimage_turbo_lora.toml shows."""
 OPENING = 4
@@ -48,9 +44,8 @@ class RandomEncoders:
     """`student` and `teacher` as those of `ReferenceEncoders`, from random weights in `model.dtype` on `model.device`.
 
     A prompt decides its token ids, of which the student has `standard.text_tokens` (padded to `max_tokens`, as the pipeline
-    pads) and the teacher at most `standard.teacher_tokens`, its picture's included. It decides the picture's pixels, too:
-    what `images` holds is not looked at.
-    """
+    pads) and the teacher `standard.teacher_tokens`, its picture's included. It decides the picture's pixels, too: `images` is
+    not looked at."""
 
     def __init__(self, model: Model) -> None:
         self.device, self.dtype, self.standard = model.device, model.dtype, model.standard
@@ -80,27 +75,14 @@ class RandomEncoders:
         return [Condition(states[kept]) for states, kept in zip(out.hidden_states[-2], mask, strict=True)]
 
     @torch.no_grad()
-    def teacher(self, prompts: Sequence[str], images: Sequence, max_tokens: int = 1024) -> list[Condition]:
-        """Features `[min(standard.teacher_tokens, max_tokens), D]` of each picture and its prompt, one call each.
-
-        ValueError: `max_tokens` has no room for the picture."""
-        tokens = min(self.standard.teacher_tokens, max_tokens)
-        if tokens < self.image_tokens + OPENING:
-            raise ValueError(f"RandomEncoders.teacher: max_tokens={max_tokens} has no room for a picture's {self.image_tokens}")
-        image_id, conditions = self.vlm.config.image_token_id, []
+    def teacher(self, prompts: Sequence[str], images: Sequence) -> list[Condition]:
+        """Features `[standard.teacher_tokens, D]` of each picture and its prompt, one call each."""
+        conditions = []
         for prompt, _ in zip(prompts, images, strict=True):
-            ids = self._ids(prompt, tokens)
-            ids[OPENING : OPENING + self.image_tokens] = image_id
-            ids = ids[None].to(self.device)
-            out = self.vlm(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                mm_token_type_ids=(ids == image_id).int(),
-                pixel_values=self._pixels(prompt).to(self.device).to(self.vlm.dtype),
-                image_grid_thw=self.image_grid.to(self.device),
-                output_hidden_states=True,
-            )
-            conditions.append(Condition(out.hidden_states[-2][0]))
+            ids = self._ids(prompt, self.standard.teacher_tokens)
+            ids[OPENING : OPENING + self.image_tokens] = self.vlm.config.image_token_id
+            pixels, grid = self._pixels(prompt).to(self.device), self.image_grid.to(self.device)
+            conditions.append(vision_features(self.vlm, ids[None].to(self.device), pixels, grid))
         return conditions
 
     def _ids(self, prompt: str, tokens: int) -> Tensor:
@@ -132,20 +114,15 @@ def vision_language_model(width: int, published: bool, device: torch.device | st
     """Qwen3-VL with its language head, which is tied to the embedding."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    shape = (LANGUAGE if published else SMALL_LANGUAGE) | {"hidden_size": width}
-    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True}
-    first = 151652 if published else shape["vocab_size"] - 4
+    text, vision, sections, first = LANGUAGE, VISION, [24, 20, 20], 151652
+    if not published:
+        text, vision, sections, first = SMALL_LANGUAGE, SMALL_VISION, [4, 2, 2], SMALL_LANGUAGE["vocab_size"] - 4
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True, "mrope_section": sections}
     config = Qwen3VLConfig(
-        text_config=shape | {"rope_parameters": rope | {"mrope_section": ROPE_SECTIONS if published else SMALL_SECTIONS}},
-        vision_config=(VISION if published else SMALL_VISION) | {"out_hidden_size": width},
-        vision_start_token_id=first, vision_end_token_id=first + 1, image_token_id=first + 3, video_token_id=first + 2,
+        text_config=text | {"hidden_size": width, "rope_parameters": rope}, vision_config=vision | {"out_hidden_size": width},
+        vision_start_token_id=first, vision_end_token_id=first + 1, video_token_id=first + 2, image_token_id=first + 3,
         tie_word_embeddings=True,
     )
     with building(device, dtype):
         model = Qwen3VLForConditionalGeneration(config)
     return model.eval().requires_grad_(False)
-
-
-def parameters(modules: Sequence[nn.Module]) -> int:
-    """How many the modules have together; what they share counts once."""
-    return sum(p.numel() for p in {id(p): p for module in modules for p in module.parameters()}.values())

@@ -26,14 +26,8 @@ class RealAngles:
 class RealRopeProcessor:
     """diffusers' ZSingleStreamAttnProcessor without complex numbers and without the choice of an attention backend."""
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        freqs_cis: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
+                 attention_mask: Tensor | None = None, freqs_cis: Tensor | None = None) -> Tensor:
         """`hidden_states` `[B, L, D]`, `attention_mask` `[B, L]` or None, `freqs_cis` `[B, L, Dh/2, 2]` -> `[B, L, D]`."""
         q, k, v = (to(hidden_states).unflatten(-1, (attn.heads, -1)) for to in (attn.to_q, attn.to_k, attn.to_v))
         if attn.norm_q is not None:
@@ -55,8 +49,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 def use_real_rope(model: Any) -> None:
     """Changes a diffusers ZImageTransformer2DModel in place; its numbers stay the same but for rounding."""
-    if not isinstance(model.rope_embedder, RealAngles):
-        model.rope_embedder = RealAngles(model.rope_embedder)
+    model.rope_embedder = RealAngles(model.rope_embedder)
     for module in model.modules():
         if type(getattr(module, "processor", None)).__name__ == "ZSingleStreamAttnProcessor":
             module.processor = RealRopeProcessor()

@@ -1,10 +1,10 @@
 """The published D-OPSD step (arXiv 2605.05204 and its released code), written out plainly on diffusers + PEFT.
 
-Test oracle and benchmark peer. It shares nothing with `dopsd_fast`: it counts in sigma (1 = noise, 0 = image) as the
-diffusers schedulers do, takes the losses as differences of predictions (velocity, clean latent, next state) instead
-of one weighted formula, keeps the graphs of all K student forwards alive, relies on gradient checkpointing for
-memory, and runs the encoders anew in every step. The released code trains LoRA only; `adapter=None` extends the same
-step to full fine-tuning with a second model as teacher.
+Test oracle and benchmark peer. It shares nothing with `dopsd_fast`: it counts in sigma (1 = noise, 0 = image) as the diffusers
+schedulers do, takes the losses as differences of predictions (velocity, clean latent, next state) instead of one weighted
+formula, keeps the graphs of all K student forwards alive, relies on gradient checkpointing for memory, and runs the encoders
+anew in every step. The released code trains LoRA only; `adapter=None` extends the same step to full fine-tuning with a second
+model as teacher.
 
 `STRONGER` makes it faster without any kernel of its own: the peers R2 to R4 of the benchmark.
 """
@@ -93,103 +93,85 @@ def predict_noise_direction(model: Any, x: Tensor, sigma: float, conditions: Seq
         ids.append(reference_ids.expand(len(x), -1, -1))
     text = torch.stack([c.text for c in conditions]).to(model.dtype)
     out = model(
-        hidden_states=torch.cat(sequence, dim=1).to(model.dtype),
-        timestep=torch.full((len(x),), sigma, dtype=x.dtype, device=x.device),
-        guidance=None,
-        encoder_hidden_states=text,
-        txt_ids=Klein._prepare_text_ids(text).to(x.device),
-        img_ids=torch.cat(ids, dim=1).to(x.device),
-        return_dict=False,
+        hidden_states=torch.cat(sequence, dim=1).to(model.dtype), encoder_hidden_states=text, guidance=None,
+        timestep=torch.full((len(x),), sigma, dtype=x.dtype, device=x.device), return_dict=False,
+        txt_ids=Klein._prepare_text_ids(text).to(x.device), img_ids=torch.cat(ids, dim=1).to(x.device),
     )[0]
     return out[:, : tokens.shape[1]].to(x.dtype).transpose(1, 2).reshape(x.shape)
 
 
-def add_adapters(model: Any, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Gives `model` the adapters "teacher" and "student" of PEFT, equal at first, the student's active: the student's tensors
-    by their names in the model, and the teacher's by the same."""
+def add_teacher(model: Any, adapter: Adapter | None) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """(teacher, trainable, teacher's weights): gives `model` a teacher that equals it. It is a second model, or with `adapter`
+    None beside the adapters "teacher" and "student" of PEFT, the student's active. Weights are by their names in the model."""
+    if adapter is None:
+        teacher = copy.deepcopy(model).requires_grad_(False)
+        model.requires_grad_(True)
+        weights = dict(teacher.named_parameters())
+        trainable = dict(model.named_parameters())
+        return teacher, trainable, {name: weights[name] for name in trainable}
     from peft import LoraConfig
 
     model.requires_grad_(False)
     for name in ("teacher", "student"):
-        config = LoraConfig(
-            r=adapter.rank, lora_alpha=adapter.alpha, init_lora_weights="gaussian", target_modules=list(adapter.targets)
-        )  # type: ignore[arg-type]
+        config = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, init_lora_weights="gaussian",  # type: ignore[arg-type]
+                            target_modules=list(adapter.targets))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of a second adapter: it is meant
             model.add_adapter(config, adapter_name=name)
     parameters = dict(model.named_parameters())
-    student = {name: p for name, p in parameters.items() if ".student." in name}
-    teacher = {name: parameters[name.replace(".student.", ".teacher.")] for name in student}
+    trainable = {name: p for name, p in parameters.items() if ".student." in name}
+    weights = {name: parameters[name.replace(".student.", ".teacher.")] for name in trainable}
     with torch.no_grad():
-        for name, parameter in student.items():  # PEFT draws each adapter on its own
-            teacher[name].copy_(parameter)
+        for name, parameter in trainable.items():  # PEFT draws each adapter on its own
+            weights[name].copy_(parameter)
     model.set_adapter("student")
-    return student, teacher
+    return None, trainable, weights
+
+
+@torch.no_grad()
+def predict_teacher(model: Any, teacher: Any, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
+    """The teacher's dx/dsigma: of a model of its own, or where `teacher` is None of the student's under the other adapter."""
+    if teacher is not None:
+        return predict_noise_direction(teacher, x, sigma, conditions)
+    model.set_adapter("teacher")
+    prediction = predict_noise_direction(model, x, sigma, conditions)
+    model.set_adapter("student")
+    return prediction
 
 
 class ReferenceStep:
     """Student, teacher, AdamW and EMA of one published training run.
 
-    `model` is a diffusers transformer (it is changed in place). `sigmas`: sigma_0 = 1 ... sigma_K = 0. `weight`: `v`
-    compares velocities (paper), `x1` predicted clean latents (released code), `mu` next states (PE-OPSD).
-    `ema_dtype=None` averages in the teacher's own dtype, as released.
-
-    Not published, same mathematics: `backward="per_state"` back-propagates each state's loss at once, `compile_blocks`
-    compiles the transformer's blocks with that torch.compile backend, `real_rope` rotates without complex numbers
-    (Z-Image only).
+    `model` is a diffusers transformer (it is changed in place). `sigmas`: sigma_0 = 1 ... sigma_K = 0. `weight`: `v` compares
+    velocities (paper), `x1` predicted clean latents (released code), `mu` next states (PE-OPSD). `ema_dtype=None` averages in
+    the teacher's own dtype, as released. Not published, same mathematics: `backward="per_state"` back-propagates each state's
+    loss at once, `compile_blocks` compiles the transformer's blocks with that torch.compile backend, `real_rope` rotates
+    without complex numbers (Z-Image only).
     """
 
     def __init__(
-        self,
-        model: Any,
-        sigmas: Sequence[float],
-        *,
-        weight: str = "x1",
-        adapter: Adapter | None = None,
-        learning_rate: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        grad_clip: float = 1.0,
-        ema_decay: float = 0.9999,
-        ema_dtype: torch.dtype | None = torch.float32,
-        gradient_checkpointing: bool = True,
-        encoders: ReferenceEncoders | None = None,
-        backward: Literal["k_graphs", "per_state"] = "k_graphs",
-        compile_blocks: str | None = None,
-        real_rope: bool = False,
+        self, model: Any, sigmas: Sequence[float], *, weight: str = "x1", adapter: Adapter | None = None,
+        learning_rate: float = 1e-4, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
+        grad_clip: float = 1.0, ema_decay: float = 0.9999, ema_dtype: torch.dtype | None = torch.float32,
+        gradient_checkpointing: bool = True, encoders: ReferenceEncoders | None = None,
+        backward: Literal["k_graphs", "per_state"] = "k_graphs", compile_blocks: str | None = None, real_rope: bool = False,
     ) -> None:
         if real_rope:
             use_real_rope(model)
-        self.sigmas = list(sigmas)
-        self.per_state = backward == "per_state"
-        self.weight = weight
-        self.grad_clip = grad_clip
-        self.ema_decay = ema_decay
-        self.model = model
-        self.encoders = encoders
-        if adapter is None:
-            self.teacher: Any = copy.deepcopy(model).requires_grad_(False)
-            model.requires_grad_(True)
-            pairs = dict(self.teacher.named_parameters())
-            self.trainable = dict(model.named_parameters())
-            self.teacher_weights = {name: pairs[name] for name in self.trainable}
-        else:
-            self.teacher = None
-            self.trainable, self.teacher_weights = add_adapters(model, adapter)
+        self.model, self.sigmas, self.encoders = model, list(sigmas), encoders
+        self.weight, self.per_state = weight, backward == "per_state"
+        self.grad_clip, self.ema_decay = grad_clip, ema_decay
+        self.teacher, self.trainable, self.teacher_weights = add_teacher(model, adapter)
         if gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if compile_blocks:
             for transformer in filter(None, (self.model, self.teacher)):
                 transformer.compile_repeated_blocks(dynamic=False, backend=compile_blocks)
         self.ema = {name: p.detach().to(ema_dtype or p.dtype, copy=True) for name, p in self.teacher_weights.items()}
-        self.optimizer = torch.optim.AdamW(
-            self.trainable.values(), lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay
-        )
+        self.optimizer = torch.optim.AdamW(self.trainable.values(), learning_rate, betas, eps, weight_decay)
 
     @torch.no_grad()
     def copy_student_to_teacher(self) -> None:
-        """Teacher weights = student weights (PEFT draws each adapter on its own)."""
         for name, parameter in self.trainable.items():
             self.teacher_weights[name].copy_(parameter)
 
@@ -197,13 +179,7 @@ class ReferenceStep:
         return predict_noise_direction(self.model, x, sigma, conditions)
 
     def teacher_prediction(self, x: Tensor, sigma: float, conditions: Sequence[Condition]) -> Tensor:
-        with torch.no_grad():
-            if self.teacher is not None:
-                return predict_noise_direction(self.teacher, x, sigma, conditions)
-            self.model.set_adapter("teacher")
-            prediction = predict_noise_direction(self.model, x, sigma, conditions)
-            self.model.set_adapter("student")
-            return prediction
+        return predict_teacher(self.model, self.teacher, x, sigma, conditions)
 
     def backward(self, noise: Tensor, student: Sequence[Condition], teacher: Sequence[Condition]) -> StepResult:
         """Forward K states, keep all their graphs, back-propagate once; gradients add up in `.grad`."""
@@ -263,14 +239,13 @@ class ReferenceStep:
 class ReferenceEncoders:
     """Z-Image's encoders: Qwen3 for the student, Qwen3-VL with Qwen3's language weights for the teacher.
 
-    `folder`: a diffusers Z-Image pipeline; `vlm_folder`: Qwen3-VL with tokenizer and image processor (default
-    `<folder>/vlm`). `max_pixels`: most pixels of a picture that the teacher is shown, larger ones are scaled down; 0: as the
-    image processor has it.
+    `folder`: a diffusers Z-Image pipeline; `vlm_folder`: Qwen3-VL with tokenizer and image processor (default `<folder>/vlm`).
+    `max_pixels`: most pixels of a picture that the teacher is shown, larger ones are scaled down; 0: as the image processor
+    has it.
     """
 
-    def __init__(
-        self, folder: Path, vlm_folder: Path | None = None, *, device="cpu", dtype=torch.float32, max_pixels: int = 0
-    ) -> None:
+    def __init__(self, folder: Path, vlm_folder: Path | None = None, *, device: Any = "cpu",
+                 dtype: torch.dtype = torch.float32, max_pixels: int = 0) -> None:
         from diffusers import ZImagePipeline
         from transformers import AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3VLForConditionalGeneration
 
@@ -298,7 +273,7 @@ class ReferenceEncoders:
 
     @torch.no_grad()
     def teacher(self, prompts: Sequence[str], images: Sequence, max_tokens: int = 1024) -> list[Condition]:
-        """Image, then text, in one user turn; the VLM's features before its last layer, all tokens."""
+        """Image, then text, in one user turn; the features of all tokens."""
         conditions = []
         for prompt, image in zip(prompts, images, strict=True):
             pixels = self.image_processor(images=[image], size=self.size, return_tensors="pt").to(self.device)
@@ -307,13 +282,14 @@ class ReferenceEncoders:
             text = self.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
             text = text.replace("<|image_pad|>", "<|image_pad|>" * count, 1)
             ids = self.tokenizer(text, return_tensors="pt").input_ids[:, :max_tokens].to(self.device)
-            out = self.vlm(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                mm_token_type_ids=(ids == self.vlm.config.image_token_id).int(),
-                pixel_values=pixels["pixel_values"].to(self.vlm.dtype),
-                image_grid_thw=pixels["image_grid_thw"],
-                output_hidden_states=True,
-            )
-            conditions.append(Condition(out.hidden_states[-2][0]))
+            conditions.append(vision_features(self.vlm, ids, pixels["pixel_values"], pixels["image_grid_thw"]))
         return conditions
+
+
+def vision_features(vlm: Any, ids: Tensor, pixels: Tensor, grid: Tensor) -> Condition:
+    """The VLM's features before its last layer, `[L, D]`, of one sequence `ids` `[1, L]` with one picture."""
+    out = vlm(
+        input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == vlm.config.image_token_id).int(),
+        pixel_values=pixels.to(vlm.dtype), image_grid_thw=grid, output_hidden_states=True,
+    )
+    return Condition(out.hidden_states[-2][0])

@@ -1,24 +1,22 @@
-"""Suite `rollout`: the states of a trajectory with both velocities, ours against the eager reference. No backward pass.
+"""Suite `rollout`: the states of a trajectory, ours against the eager reference and the published pipeline. No backward pass.
 
-One measurement goes from x_0 = noise through K states: student and teacher velocity, the loss term, Euler's step, and the mean
-loss as a number. R1 runs its encoders first, every time, as published; the others have the conditions computed once. Ours
-also refines the captions in every measurement: once for its K states, diffusers in every state. Teacher and student differ,
-LoRA's B is not zero. Rows of a case, "lora" or "full", with "@K8" for eight states:
+Cases "lora" and "full": one measurement goes from x_0 = noise through K states: student and teacher velocity, the loss term,
+Euler's step, and the mean loss as a number. R1 runs its encoders first, every time, as published; the others have the
+conditions computed once. Ours also refines the captions in every measurement: once for its K states, diffusers in every state.
+Teacher and student differ, LoRA's B is not zero. Case "student": sampling as it is deployed, K velocities of the student and
+Euler's steps, from prompt embeddings to latents without guidance, the weights as they lie on the disk; ours is the pair
+forward with one branch, as a training run's pictures are made, the peer `diffusers` is ZImagePipeline. Rows, "@K8" for K = 8:
 
     each       seconds_per_rollout, states_per_second (K * batch / seconds)
-    each       final_state_relative_error, loss_relative_error: of x_K and of the mean loss, against float64 (for bf16 models
-               against fp32 without TF32), R1 from the same conditions as the others
+    each       final_state_relative_error, loss_relative_error: of x_K and of the mean loss, against float64 (bf16 models:
+               fp32 without TF32), R1 from the same conditions as the others
     CASE/PEER  ours: speedup, the peer's seconds over ours, round by round
-    student    sampling alone, against the published pipeline: bench/suites/sampling.py
-
-On a GPU each peer is measured in turns with ours alone, since not all fit together, else all together.
 """
 
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -26,178 +24,101 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.harness import Contest, exact_dtype, exact_note, exactly, free, new_compiler, relative
-from bench.live import say
-from bench.references.reference_eager import Condition, ReferenceStep
-from bench.results import Options, Row, failed
-from bench.suites import sampling
-from bench.suites.workload import (
-    MATRIX_PEERS,
-    Cell,
-    OurStep,
-    PeerStep,
-    Workload,
-    asked_peers,
-    fill,
-    pair_on_device,
-    peer,
-    settings_of,
-    stock_name,
-)
+from bench.harness import Exact, exact_note, relative
+from bench.results import Options, Row
+from bench.suites.measurement import Measurement, cells
+from bench.suites.workload import Cell, OurStep, PeerStep, Program, Workload
 from dopsd_fast.method.objective import StepInputs
-from dopsd_fast.method.registry import make_objective
+from dopsd_fast.method.trajectory import rollout
+from dopsd_fast.pair.student_teacher import STUDENT
 
-SUITE = "rollout"
-MORE_STATES = 8
-APART = 0.02
-"""Of a full teacher's weights: the part of each tensor's root mean square that is added to it at random."""
-Outcome = tuple[float, Tensor]
-"""(mean loss, x_K `[B, C, h, w]`)."""
+SAMPLING = "student"
+MORE = [Cell(states=8)]
+Outcome = tuple[Tensor, float]
+"""(x_K `[B, C, h, w]`, mean loss)."""
 
 
 def measure(options: Options) -> Iterator[Row]:
-    """Rows as they are found."""
-    for kind in options.kinds:
-        yield from of_kind(kind, options, one_by_one=options.device.type == "cuda")
-    yield from sampling.measure(options)
+    for kind in (*options.kinds, SAMPLING):
+        for cell in cells(options, MORE, MORE):
+            yield from Rollout(kind, options, cell, ["diffusers"] if kind == SAMPLING else ()).rows()
 
 
-# ---- the programs ----------------------------------------------------------------------------------------------------
-
-
-class OurPair(OurStep):
-    """Our pair with a teacher of its own, and no optimizer: what a rollout needs."""
-
-    def __init__(self, kind: str, work: Workload) -> None:
-        settings = settings_of(kind, work, method={"weight": "v"})
-        self.work, self.objective, self.engine = work, make_objective(settings.method), None  # type: ignore[assignment]
-        self.pair = pair_on_device(work.model, settings)
-        for trained in self.pair.trained():
-            trained.student.grad_dtype = torch.float32
-            if kind == "lora":
-                fill(trained.name, trained.student, work.model.dtype)
-            set_teacher(kind, trained.name, trained.teacher, work.model.dtype)
+class Ours(OurStep):
+    trains = False
 
     @torch.no_grad()
-    def rollout(self, grid: Sequence[float]) -> Outcome:
-        report = self.objective.accumulate(StepInputs(self.work.noise, grid, self.open()), lambda loss: None)
-        return report.loss, report.states[-1]
-
-    outcome = rollout
-
-    def close(self) -> None:
-        pass
+    def rollout(self) -> Outcome:
+        report = self.objective.accumulate(StepInputs(self.work.noise, self.work.grid, self.open()), lambda loss: None)
+        return report.states[-1], report.loss
 
 
-class PeerPair(PeerStep):
-    """A peer with the same teacher, and no average: it can make no training step."""
-
-    def __init__(self, name: str, kind: str, work: Workload, dtype: torch.dtype | None = None) -> None:
-        self.work, self.dtype, self.reference = work, dtype or torch.float32, peer(name, kind, work, dtype)
-        self.reference.ema.clear()
-        for full, weight in self.reference.teacher_weights.items():
-            set_teacher(kind, stock_name(full), weight, work.model.dtype)
-
-    def rollout(self, grid: Sequence[float]) -> Outcome:
-        """What is timed."""
-        work, encoders = self.work, self.reference.encoders
-        if encoders is None:
-            return self.outcome(grid)
-        return self.outcome(grid, encoders.student(work.prompts), encoders.teacher(work.prompts, work.images))
-
-    def outcome(self, grid: Sequence[float], student: Sequence[Condition] = (), teacher: Sequence[Condition] = ()) -> Outcome:
-        """From the work's conditions if none are given."""
+class Sampler(Ours):
+    def rollout(self) -> Outcome:
         work = self.work
-        return published(self.reference, work.noise.to(self.dtype), grid, student or work.student, teacher or work.teacher)
+        velocity = self.pair.sampler(STUDENT, work.contexts(work.student), work.noise.shape)
+        return rollout(velocity, work.noise, work.grid), math.nan
 
 
-@torch.no_grad()
-def set_teacher(kind: str, name: str, weight: Tensor, dtype: torch.dtype) -> None:
-    """Makes one of the teacher's tensors another than the student's, by its stock name and shape alone, rounded to `dtype`."""
-    if kind == "lora":
-        fill(f"teacher.{name}", weight, dtype)
-        return
-    draw = torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode()))
-    own = weight.to(dtype)
-    spread = APART * own.float().square().mean().sqrt()
-    weight.copy_(own + (spread * torch.randn(weight.shape, generator=draw, device=weight.device)).to(dtype))
+class Peer(PeerStep):
+    trains = False
+
+    @torch.no_grad()
+    def rollout(self, encode: bool = True) -> Outcome:
+        """The published loop (`ReferenceStep.backward`) without its graph. encode=False: R1, too, begins at the conditions."""
+        step, x, losses = self.reference, self.noise, []
+        student, teacher = self.conditions() if encode else (self.work.student, self.work.teacher)
+        for sigma, sigma_next in zip(step.sigmas[:-1], step.sigmas[1:], strict=True):
+            prediction = step.student_prediction(x, sigma, student)
+            losses.append(F.mse_loss(prediction, step.teacher_prediction(x, sigma, teacher)))
+            x = x + (sigma_next - sigma) * prediction
+        return x, torch.stack(losses).mean().item()
 
 
-@torch.no_grad()
-def published(
-    step: ReferenceStep, noise: Tensor, grid: Sequence[float], student: Sequence[Condition], teacher: Sequence[Condition]
-) -> Outcome:
-    """The published loop (`ReferenceStep.backward`) without its graph. grid: t_0 = 0 ... t_K = 1."""
-    x, losses = noise, []
-    for now, then in zip(grid[:-1], grid[1:], strict=True):
-        prediction = step.student_prediction(x, 1.0 - now, student)
-        losses.append(F.mse_loss(prediction, step.teacher_prediction(x, 1.0 - now, teacher)))
-        x = x + (now - then) * prediction
-    return torch.stack(losses).mean().item(), x
+class Pipeline(Program):
+    """The published pipeline around the transformer; nothing is encoded or decoded."""
+
+    def __init__(self, work: Workload) -> None:
+        from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
+
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(work.family.scheduler_config)
+        self.work, self.pipeline = work, ZImagePipeline(scheduler, None, None, None, work.model.transformer())
+        self.pipeline.vae_scale_factor = work.family.pixel_multiple // 2
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    def rollout(self) -> Outcome:
+        """The pipeline makes the same grid from the number of its intervals."""
+        work = self.work
+        return self.pipeline(
+            height=work.pixels, width=work.pixels, num_inference_steps=work.states, guidance_scale=0.0, latents=work.noise,
+            prompt_embeds=[one.text for one in work.student], output_type="latent", return_dict=False,
+        )[0], math.nan
 
 
-# ---- the measurement -------------------------------------------------------------------------------------------------
+class Rollout(Measurement):
+    """kind: SAMPLING, too."""
 
+    suite, seconds, error = "rollout", "seconds_per_rollout", "final_state_relative_error"
+    exact: Outcome | None = None
 
-def of_kind(kind: str, options: Options, one_by_one: bool) -> Iterator[Row]:
-    """Rows of "lora" or "full". one_by_one: each peer is alone with ours."""
-    new_compiler()
-    work = Workload(options)
-    work.forget_encoders()
-    peers, remark = asked_peers(options, SUITE)
-    grids = {"": work.grid}
-    if not (options.tour or options.quick):
-        grids[Cell(states=MORE_STATES).name] = work.model.grid(MORE_STATES, work.pixels)
-    exact: dict[str, Outcome] = {}
-    wide = exact_dtype(work.model.dtype)
-    say(f"{SUITE}: {kind}, the exact trajectory")
-    try:
-        with exactly(wide):
-            reference = PeerPair("R2", kind, work, wide)
-            exact = {cell: reference.outcome(grid) for cell, grid in grids.items()}
-            del reference
-    except Exception as error:
-        for metric in ("final_state_relative_error", "loss_relative_error"):
-            yield failed(SUITE, f"{kind}{work.model.suffix}", "exact", metric, "", error)
-    for names in [[name] for name in peers] if one_by_one and peers else [peers]:
-        yield from group(names, kind, work, grids, exact, remark)
-        work.forget_encoders()
-        free(options.device)
+    def find_exact(self, dtype: torch.dtype) -> None:
+        """The student of full fine-tuning begins as the model that lies on the disk."""
+        self.exact = Peer("R2", "full" if self.kind == SAMPLING else self.kind, self.work, dtype).rollout()
 
+    def make(self, name: str) -> Any:
+        if self.kind == SAMPLING:
+            return Sampler("full", self.work) if name == "ours" else Pipeline(self.work)
+        return Ours(self.kind, self.work) if name == "ours" else Peer(name, self.kind, self.work)
 
-def group(
-    names: Sequence[str], kind: str, work: Workload, grids: Mapping[str, Sequence[float]], exact: Mapping[str, Outcome],
-    remark: str,
-) -> Iterator[Row]:
-    """The peers `names` and ours, in turns, along each of the grids. Peers are built first: they need most while they
-    are built."""
-    notes: dict[str, str] = {}
-    made = {cell: Contest(SUITE, f"{kind}{{}}{cell}{work.model.suffix}", work.options, "seconds_per_rollout", notes=notes)
-            for cell in grids}
-    contest, outcomes = made[""], {}
-    contest.remarks["ours"] = remark
+    def check(self, name: str, one: Any) -> Exact:
+        state, loss = one.rollout(encode=False) if isinstance(one, Peer) else one.rollout()
+        note = exact_note(self.work.model.dtype)
+        if self.exact is None:
+            return {}
+        found = {self.error: (relative(state, self.exact[0]), note)}
+        return found if math.isnan(loss) else found | {"loss_relative_error": (abs(loss / self.exact[1] - 1.0), note)}
 
-    def check(name: str, one: Any) -> dict[str, tuple[float, str]]:
-        outcomes[name] = {cell: one.outcome(grid) for cell, grid in grids.items()}
-        return errors(outcomes[name][""], exact.get(""), work)
-
-    for name in (*names, "ours"):
-        make = partial(OurPair, kind, work) if name == "ours" else partial(PeerPair, name, kind, work)
-        yield from contest.build(name, make, partial(check, name))
-    for cell, grid in grids.items():
-        chosen = {name: one for name, one in contest.alive.items() if not cell or name in ("ours", *MATRIX_PEERS)}
-        for name in chosen if cell else ():
-            for metric, (value, note) in errors(outcomes[name][cell], exact.get(cell), work).items():
-                yield made[cell].row(name, metric, "", value, note)
-        amounts = {"states_per_second": ("1/s", float((len(grid) - 1) * work.batch))}
-        if chosen:
-            calls = {name: partial(one.rollout, grid) for name, one in chosen.items()}
-            yield from made[cell].time(calls, partial(made[cell].speeds, amounts=amounts))
-
-
-def errors(outcome: Outcome, exact: Outcome | None, work: Workload) -> dict[str, tuple[float, str]]:
-    if exact is None:
-        return {}
-    note = exact_note(work.model.dtype)
-    loss = abs(outcome[0] - exact[0]) / exact[0] if exact[0] else math.nan
-    return {"final_state_relative_error": (relative(outcome[1], exact[1]), note), "loss_relative_error": (loss, note)}
+    def time(self) -> Iterator[Row]:
+        calls = {name: one.rollout for name, one in self.contest.alive.items()}
+        amounts = {"states_per_second": ("1/s", float(self.work.states * self.work.batch))}
+        yield from self.contest.time(calls, partial(self.contest.speeds, amounts=amounts))
