@@ -43,9 +43,8 @@ class Recorder(TorchFunctionMode):
         elif function is torch.nn.functional.scaled_dot_product_attention:
             named = dict(zip(("query", "key"), args)) | (kwargs or {})
             q, k = named["query"], named["key"]
-            heads = q.shape[:-2].numel()
-            scores = (heads, q.shape[-2], q.shape[-1], k.shape[-2])
-            values = (heads, q.shape[-2], k.shape[-2], q.shape[-1])
+            (rows, width), heads = q.shape[-2:], q.shape[:-2].numel()
+            scores, values = (heads, rows, width, k.shape[-2]), (heads, rows, k.shape[-2], width)
             self.products.update([scores, values])
             if torch.is_grad_enabled() and q.requires_grad:
                 self.products.update([scores, scores, values, values])  # dP and dV (transposed), dQ and dK
@@ -88,15 +87,10 @@ class GemmFloor:
 
     def _allocate(self) -> None:
         for (batch, m, k, n), count in self.products.items():
-            a, b = (self._random(batch, *shape) for shape in ((m, k), (n, k)))
-            b, out = b.transpose(1, 2), self._random(batch, m, n)
-            if batch == 1:
-                self._work.append((torch.mm, a[0], b[0], out[0], count))
-            else:
-                self._work.append((torch.bmm, a, b, out, count))
-
-    def _random(self, *shape: int) -> Tensor:
-        return torch.randn(shape, device=self.device, dtype=self.dtype)
+            several = (batch,) if batch > 1 else ()
+            a, b, out = (torch.randn(*several, *shape, device=self.device, dtype=self.dtype)
+                         for shape in ((m, k), (n, k), (m, n)))
+            self._work.append((torch.bmm if several else torch.mm, a, b.mT, out, count))
 
     def free(self) -> None:
         self._work.clear()
