@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import signal
+import time
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from torch import nn
 from bench.models import Model
 from bench.references.reference_eager import ZIMAGE_TARGETS
 from bench.suites.collectives import Collectives, Unaccounted
-from bench.suites.zero import STATES, Arrangement, Batch, Job, Ours, launch
+from bench.suites.zero import STATES, Arrangement, Batch, Job, Ours, RankFailed, launch
 from tests import tiny
 
 SWEEP, STEP, UNIT = (Arrangement(f"full/{gather}", gather=gather) for gather in ("sweep", "step", "unit"))
@@ -32,6 +35,26 @@ def results() -> dict[tuple[int, Arrangement], dict[str, Any]]:
     jobs.append(Job(2, [STEP], model, counted=0, timed=0, call=tamper))
     return {(job.world if job.counted else 0, one): result
             for job, several in zip(jobs, launch("cpu", jobs)) for one, result in zip(job.arrangements, several)}
+
+
+def without_memory(one: Arrangement, model: Model, rank: int, *_: int) -> dict[str, Any]:
+    if rank == 1:
+        raise MemoryError("no\nmore")
+    return time.sleep(100) or {}
+
+
+def killed(one: Arrangement, model: Model, rank: int, *_: int) -> dict[str, Any]:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return time.sleep(100) or {}
+
+
+def test_what_ended_a_rank_is_said_the_others_end_and_the_next_job_begins():
+    jobs = [Job(2, [STEP], str(tiny.shared("zimage")), 0, 0, call) for call in (without_memory, killed)]
+    began = time.monotonic()
+    errors = list(launch("cpu", jobs))
+    assert time.monotonic() - began < 60 and all(isinstance(error, RankFailed) for error in errors)
+    assert list(map(str, errors)) == ["rank 1: MemoryError: no more", "rank 1: process 1 terminated with signal SIGKILL"]
 
 
 def steady(world: int, one: Arrangement) -> dict[str, float]:

@@ -5,8 +5,7 @@ K = 4 states, LoRA r64 alpha 128 and full fine-tuning, activations kept (no reco
 references/reference_eager.py; `ours` the pair forward under the D-OPSD objective, with the engine's own clipping, AdamW,
 EMA and teacher refresh, one process, DeepSpeed itself left out. How a kernel is counted: meta_trace.py.
 
-    launches_per_step                           kernels and GEMMs, optimizer included, encoders not; R1 as published,
-                                                so with gradient checkpointing
+    launches_per_step                           kernels and GEMMs, the optimizer's too; R1 as published, with checkpointing
     elementwise_bytes_per_token_block_forward   per token processed (student and teacher) and main block
     elementwise_bytes_per_token_block_backward  per student token and main block; without recomputation, and without
                                                 what adds a parameter's gradient to its `.grad`
@@ -22,7 +21,7 @@ must not become more is in bench/baseline.json.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from bench.live import say
 from bench.models import building
-from bench.references.reference_eager import Adapter, Condition, ReferenceStep, StepResult
+from bench.references.reference_eager import Adapter, Condition, ReferenceStep
 from bench.results import Options, Row, failed
 from bench.suites.meta_trace import Trace
 from dopsd_fast.distributed.plain_engine import PlainEngine
@@ -40,8 +39,7 @@ from dopsd_fast.families.published import published_family
 from dopsd_fast.memory.activations import meta_pair
 from dopsd_fast.method.dopsd import DOPSD
 from dopsd_fast.method.objective import StepInputs
-from dopsd_fast.settings.schema import Settings
-from dopsd_kernels.costs import Cost
+from dopsd_fast.settings.schema import ConditioningSettings, Settings
 
 GRID = [0.0, 0.1, 0.25, 0.5, 1.0]  # K = 4, shift 3
 LATENT = (1, 16, 128, 128)
@@ -96,12 +94,10 @@ class Size:
 # ---- the two programs ------------------------------------------------------------------------------------------------
 
 
-def transformer(size: Size) -> Any:
-    """Z-Image's transformer at its full width: the defaults of its class."""
-    from diffusers import ZImageTransformer2DModel
-
-    with building("meta", torch.bfloat16):
-        return ZImageTransformer2DModel(n_layers=size.layers).eval()
+def zimage(size: Size) -> Any:
+    family = published_family("zimage", ConditioningSettings())
+    family.transformer_config = family.transformer_config | {"n_layers": size.layers}
+    return family
 
 
 def text(tokens: int) -> Tensor:
@@ -110,54 +106,31 @@ def text(tokens: int) -> Tensor:
 
 def reference(kind: str, size: Size, checkpointing: bool) -> ReferenceStep:
     adapter = Adapter(RANK, ALPHA) if kind == "lora" else None
-    model, sigmas = transformer(size), [1.0 - t for t in size.grid]
+    model = torch.nn.Module.to(zimage(size).meta_transformer(), torch.bfloat16)
     with building("meta", torch.bfloat16):
         # The released code averages in the training dtype.
-        step = ReferenceStep(model, sigmas, adapter=adapter, ema_dtype=None, gradient_checkpointing=checkpointing)
+        step = ReferenceStep(model, [1.0 - t for t in size.grid], adapter=adapter, ema_dtype=None,
+                             gradient_checkpointing=checkpointing)
     for group in step.optimizer.param_groups:
         group["foreach"] = True  # what AdamW chooses on a GPU
     return step
 
 
-def trace_reference(kind: str, size: Size, checkpointing: bool, forward: bool = True, update: bool = True) -> Trace:
-    """A step of the published program, or forward and backward of it, or the rest: clipping, AdamW, average."""
+def trace_reference(kind: str, size: Size, checkpointing: bool) -> Trace:
     step, trace = reference(kind, size, checkpointing), Trace()
-
-    def gradients(*_: Any) -> StepResult:
-        for parameter in step.trainable.values():
-            parameter.grad = torch.empty_like(parameter)
-        return StepResult(0.0, [], [])
-
-    if not forward:
-        step.backward = gradients  # type: ignore[method-assign, assignment]
     for model in [step.model] if step.teacher is None else [step.model, step.teacher]:
         trace.watch(model, "model")
         trace.watch(model.layers, "block")
     noise = torch.empty(LATENT, device="meta", dtype=torch.bfloat16)
     with trace:
-        (step.step if update else step.backward)(noise, [Condition(text(TEXT))], [Condition(text(TEACHER_TEXT))])
+        step.step(noise, [Condition(text(TEXT))], [Condition(text(TEACHER_TEXT))])
     return trace
-
-
-def extrapolated(kind: str, size: Size, checkpointing: bool) -> Trace:
-    """`trace_reference` without the update, from models of one and two layers: each count is a sum over layers, so it is affine
-    in their number. Equal to the last kernel at the full depth."""
-    one, two = (trace_reference(kind, Size(layers, size.states), checkpointing, update=False) for layers in (1, 2))
-    whole, more = Trace(), size.layers - 1
-    for key in {*one.costs, *two.costs}:
-        a, b = astuple(one.costs[key]), astuple(two.costs[key])
-        whole.costs[key] = Cost(*(x + more * (y - x) for x, y in zip(a, b)))
-    for region in {*one.saved, *two.saved}:
-        whole.saved[region] = one.saved[region] + more * (two.saved[region] - one.saved[region])
-    return whole
 
 
 def trace_ours(kind: str, size: Size) -> Trace:
     adapter = {"kind": kind} | ({"rank": RANK, "alpha": ALPHA} if kind == "lora" else {})
     settings = Settings.model_validate({"adapter": adapter, "train": {"precision": "bf16"}})
-    family = published_family("zimage", settings.conditioning)
-    family.transformer_config = family.transformer_config | {"n_layers": size.layers}
-    pair, trace = meta_pair(family, settings), Trace()
+    pair, trace = meta_pair(zimage(size), settings), Trace()
     engine = PlainEngine(pair, settings.train, settings.teacher, Ranks(0, 1, 0, torch.device("meta")))
     trace.ignore(pair)
     fused: Any = pair.fused
@@ -197,12 +170,9 @@ def metrics(trace: Trace, size: Size) -> list[tuple[str, float, str]]:
 
 
 def reference_metrics(kind: str, size: Size) -> list[tuple[str, float, str]]:
-    """Of the published step; what recomputation would distort is from one state without it. How many multi-tensor kernels the
-    update has depends on all tensors together, so it is traced at the whole depth."""
-    one = Size(size.layers, 1)
-    kept = {name: value for name, value, _ in metrics(extrapolated(kind, one, checkpointing=False), one)}
+    """Of the published step; what recomputation would distort is from one state without it, of two blocks that are alike."""
+    few = Size(2, 1)
+    kept = {name: value for name, value, _ in metrics(trace_reference(kind, few, checkpointing=False), few)}
     same = {name for name in kept if name.startswith(("elementwise", "saved"))}
-    whole = extrapolated(kind, size, checkpointing=True)
-    for key, cost in trace_reference(kind, size, checkpointing=False, forward=False).costs.items():
-        whole.costs[key] += cost
-    return [(name, kept[name] if name in same else value, unit) for name, value, unit in metrics(whole, size)]
+    whole = metrics(trace_reference(kind, size, checkpointing=True), size)
+    return [(name, kept[name] if name in same else value, unit) for name, value, unit in whole]

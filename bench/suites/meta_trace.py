@@ -129,16 +129,20 @@ class Trace(TorchDispatchMode):
         return self._backward, "backward"
 
     def _enter(self, region: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """What arrives is seen through views of the region outside: autograd adds up there what several modules send back."""
-        changed = tree_map_only(Tensor, lambda tensor: tensor.view_as(tensor), (args, kwargs))
+        """What arrives is seen through views of the region outside: what autograd does to a tensor's gradient on its way, to
+        add up several or to cast, belongs to the node that the gradient comes from."""
+        seen = [one.view_as(one) if isinstance(one, Tensor) else one for one in (*args, *kwargs.values())]
         branch = "student" if torch.is_grad_enabled() else "teacher"
         self._forward.append((region, f"{branch} forward"))
         self._begin()
-        return changed
+        return tuple(seen[: len(args)]), dict(zip(kwargs, seen[len(args) :]))
 
-    def _leave(self, *_: Any) -> None:
+    def _leave(self, module: nn.Module, args: tuple, out: Any) -> Any:
+        """Likewise, through views of the region inside."""
+        out = tree_map_only(Tensor, lambda tensor: tensor.view_as(tensor), out)
         self._forward.pop()
         self._begin()
+        return out
 
     def _begin(self) -> None:
         self._begins.append((torch.autograd._get_sequence_nr(), self._forward[-1][0] if self._forward else ""))

@@ -1,20 +1,16 @@
 """Suite `kernels`: each op of `dopsd_kernels` against plain PyTorch and `torch.compile`, with the error of each beside it.
 
-Sizes are those of the model's standard configuration (bench/models.py). Peers: `eager` is the op's own `*_ref` with
-autograd's backward, for matrix products and attention torch's own calls; `compiled` is torch.compile of `eager`, fullgraph,
-static shapes. Phases: `forward` without gradient, `backward` alone.
-
-Rows; OP is a case, PHASE a phase, variants "ours", "eager", "compiled":
+Sizes are those of the model's standard configuration (bench/models.py). Peers: `eager` is the op's own `*_ref` with autograd's
+backward, for matrix products and attention torch's own calls; `compiled` is torch.compile of `eager`, fullgraph, static shapes.
+Rows; OP is a case, PHASE `forward`, without gradient, or `backward`, alone:
 
     OP            each    seconds_PHASE, bytes_per_second_PHASE, flops_per_second_PHASE, ceiling_share_PHASE
     OP            ours    bytes_PHASE, flops_PHASE: the work of a call, the same for all variants (bench/suites/roofline.py)
     OP            each    result_relative_error, gradient_relative_error: against float64 in the 2-norm, the worst of all
     OP/eager      ours    speedup_PHASE: eager's seconds over ours; OP/compiled likewise
-    copy          copy    bytes_per_second: the ceiling of memory
-    gemm          gemm    flops_per_second: the ceiling of products
+    copy, gemm    same    bytes_per_second, flops_per_second: the ceilings of memory and of products
 
-A roofline has flops_PHASE / bytes_PHASE across and flops_per_second_PHASE up, under min(gemm, copy * flops / bytes).
-ceiling_share = max(bytes / copy, flops / gemm) / seconds; above 1 where tensors stay in a cache: the copy does not. On a GPU
+A roofline has flops_PHASE / bytes_PHASE across and flops_per_second_PHASE up, under min(gemm, copy * flops / bytes). On a GPU
 seconds are the GPU's own, by events behind a fill that flushes the cache (bench/clock.py); on a CPU those of the whole call.
 """
 
@@ -29,7 +25,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.live import say
 from bench.machine import ceilings
 from bench.models import WIDE, Model
 from bench.results import Options, Row, failed
@@ -116,14 +111,12 @@ class Op:
 
 def measure(options: Options) -> Iterator[Row]:
     """Rows as they are found, op by op."""
-    torch.set_num_threads(options.threads)
     model = Model(options.model, options.device)
     size = TINY if options.quick else Size.of(model)
     limits = ceilings(options.device, model.dtype, options.quick)
     yield Row(SUITE, f"copy{model.suffix}", "copy", "bytes_per_second", limits.bytes_per_second, "B/s")
     yield Row(SUITE, f"gemm{model.suffix}", "gemm", "flops_per_second", limits.flops_per_second, "FLOP/s")
     for name, build in OPS.items():
-        say(f"kernels: {name}")
         torch.manual_seed(0)
         try:
             op = build(Draw(size, options.device, model.dtype))

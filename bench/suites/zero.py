@@ -35,6 +35,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -281,7 +282,8 @@ def launch(device: str, jobs: Sequence[Job]) -> Iterator[list[dict[str, Any]] | 
                     rank, (job, folder, free_port()), job.world, daemon=True,
                     start_method="forkserver" if device == "cpu" else "spawn")
             except multiprocessing.ProcessException as error:
-                found: Any = RankFailed(f"rank {error.error_index}: {str(error).strip().splitlines()[-1]}")
+                lines = takewhile(lambda line: not line.startswith(" "), reversed(str(error).strip().splitlines()))
+                found: Any = RankFailed(f"rank {error.error_index}: {' '.join([*lines][::-1])}")
             else:
                 found = json.loads((Path(folder) / "found.json").read_text())
         yield found
