@@ -103,8 +103,8 @@ class Model:
         return self.family.load_transformer(dtype or self.dtype).to(self.device)
 
     def pair(self, settings: Settings) -> Pair:
-        """As the trainer builds it, on the device. PEFT draws adapters on the default device: 952 matrices of Z-Image's two adapters,
-        drawn on the CPU, would keep a GPU waiting."""
+        """As the trainer builds it, on the device. PEFT draws adapters on the default device: 952 matrices of Z-Image's two
+        adapters, drawn on the CPU, would keep a GPU waiting."""
         s = settings
         with self.device:
             return build_pair(self.family, s.backbone, s.adapter, s.teacher, s.train, self.dtype, self.device)

@@ -135,12 +135,6 @@ def start(
     return job
 
 
-def apart(call: str, arguments: list[str], log: Path, environment: dict[str, str]) -> str:
-    """In place of `bench.forks.apart`: in a fork of the zygote."""
-    start(arguments, script=call, env=environment).succeed()
-    return ""
-
-
 def command(argv: list[str], cwd: Path | None = None, env: dict[str, str] | None = None, **options: Any) -> Job:
     """Runs a command of its own, in a session of its own; env: more of it."""
     folder = Path(tempfile.mkdtemp(dir=_scratch()))

@@ -254,15 +254,16 @@ def rows_of_zero(**changes):
 
 
 def test_the_rows_of_zero(made_up_ranks):
-    """Its cases, and plain's gathers beside each that they are compared with. test_gathers runs it."""
+    """Its cases, and plain's beside them. test_gathers runs it."""
     found = rows_of_zero()
     assert {job.world for job in made_up_ranks[0]} == {2, 4}
     for suffix in ("@zimage", "@zimage@4_ranks"):
         for case in ("full", "full/resident", "lora"):
             assert found[case + suffix, "ours", "gathers_per_step"].value == 1
-            assert found[case + suffix, "plain", "gathers_per_step"].value == 16
             assert found[case + suffix, "ours", "first_loss_relative_error"].value == 0
-        assert found["full" + suffix, "ours", "seconds_per_step"].n == 2 * 3
+        for case in ("full", "lora"):
+            assert found[case + suffix, "plain", "gathers_per_step"].value == 16
+        assert found["full" + suffix, "ours", "seconds_per_step"].n == 2
     assert not any(row.status != "ok" for row in found.values())
 
 

@@ -132,12 +132,12 @@ def test_a_variant_that_raises_is_a_failed_row(monkeypatch):
 
 
 def test_an_op_without_its_native_kernel_is_a_fallback(monkeypatch):
-    op = build("swiglu")
-    assert roofline.ran(op, CPU) == ("ok", "")
+    ours, eager = (roofline.Variant(op, function, CPU) for op in [build("swiglu")] for function in (op.ours, op.eager))
+    assert ours.fell_back() == ""
     monkeypatch.setattr(native_ops, "_native", None)
-    kind, note = roofline.ran(op, CPU)
-    assert kind == "fallback" and "not built" in note
-    assert roofline.ran(build("fp8_linear"), CPU)[0] == "fallback"
+    assert "not built" in ours.fell_back() and eager.fell_back() == ""
+    product = build("fp8_linear")
+    assert "needs a GPU" in roofline.Variant(product, product.ours, CPU).fell_back()
 
 
 def test_the_suite_goes_on_after_an_op_that_cannot_be_built(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bench import harness
+from bench import harness, models
 from bench.models import Model
 from bench.references import reference_eager as reference
 from bench.results import Options, Row, merged
@@ -101,7 +101,7 @@ def test_adapters_are_drawn_on_the_models_device(monkeypatch):
         seen.append(torch.empty(1).device.type)
         raise InterruptedError
 
-    monkeypatch.setattr(workload, "build_pair", draws)
+    monkeypatch.setattr(models, "build_pair", draws)
     monkeypatch.setattr(workload, "ReferenceStep", draws)
     monkeypatch.setattr(Model, "transformer", lambda *_: None)
     work = Workload(Options("zimage-small", torch.device("meta"), threads=1))

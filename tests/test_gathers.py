@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import signal
+import time
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from bench.arrangements import STATES, Arrangement, Batch, Ours
 from bench.models import Model
 from bench.references.reference_eager import ZIMAGE_TARGETS
-from bench.suites import zero
 from bench.suites.collectives import Collectives, Unaccounted
-from bench.suites.zero import Job
-from tests import driving, tiny
+from bench.suites.zero import STATES, Arrangement, Batch, Job, Ours, RankFailed, launch
+from tests import tiny
 
 SWEEP, STEP, UNIT = (Arrangement(f"full/{gather}", gather=gather) for gather in ("sweep", "step", "unit"))
 STAGE_2, LORA, PLAIN = Arrangement("full/stage2", stage=2), Arrangement("lora", "lora"), Arrangement("full", plain=True)
@@ -31,12 +32,29 @@ def results() -> dict[tuple[int, Arrangement], dict[str, Any]]:
     model = str(tiny.shared("zimage"))
     jobs = [Job(2, ours, model, counted=2, timed=0), Job(2, [PLAIN], model, counted=1, timed=0)]
     jobs.append(Job(4, RUN[4], model, counted=1, timed=0))
-    jobs.append(Job(2, [STEP], model, counted=0, timed=0, call="tests.test_gathers:tamper"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zero, "apart", driving.apart)
-        found = zero.launch("cpu", jobs)
+    jobs.append(Job(2, [STEP], model, counted=0, timed=0, call=tamper))
     return {(job.world if job.counted else 0, one): result
-            for job, several in zip(jobs, found) for one, result in zip(job.arrangements, several)}
+            for job, several in zip(jobs, launch("cpu", jobs)) for one, result in zip(job.arrangements, several)}
+
+
+def without_memory(one: Arrangement, model: Model, rank: int, *_: int) -> dict[str, Any]:
+    if rank == 1:
+        raise MemoryError("no\nmore")
+    return time.sleep(100) or {}
+
+
+def killed(one: Arrangement, model: Model, rank: int, *_: int) -> dict[str, Any]:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return time.sleep(100) or {}
+
+
+def test_what_ended_a_rank_is_said_the_others_end_and_the_next_job_begins():
+    jobs = [Job(2, [STEP], str(tiny.shared("zimage")), 0, 0, call) for call in (without_memory, killed)]
+    began = time.monotonic()
+    errors = list(launch("cpu", jobs))
+    assert time.monotonic() - began < 60 and all(isinstance(error, RankFailed) for error in errors)
+    assert list(map(str, errors)) == ["rank 1: MemoryError: no more", "rank 1: process 1 terminated with signal SIGKILL"]
 
 
 def steady(world: int, one: Arrangement) -> dict[str, float]:
@@ -166,8 +184,7 @@ def tamper(one: Arrangement, model: Model, rank: int, *_: int) -> dict[str, Any]
     count("as objects", lambda: torch.distributed.all_gather(list(whole.chunk(len(whole) // 8)), torch.zeros(8)))
     count("a stranger", lambda: None, weights[:-1])
     count("nothing again", lambda: None)
-    method = torch.distributed.ProcessGroup.all_gather_single
-    said["removed"] = not hasattr(method, "__wrapped__")
+    said["removed"] = not hasattr(partition_parameters.AllGatherHandle.__init__, "__wrapped__")
     count("unseen", unseen)  # last: leaves parameters in flight
     return {"first_loss": 0.0, "steps": [said], "seconds_per_step": [], "peak_bytes": []}
 

@@ -15,9 +15,12 @@ no kernels. scaled_dot_product_attention is taken for a flash kernel. `.item()` 
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import partial
+from operator import itemgetter
 from typing import Any
 from unittest import mock
 
@@ -26,13 +29,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from dopsd_fast.memory.activations import id_of, on_meta
 from dopsd_kernels.costs import COSTS, Cost
 
 aten = torch.ops.aten
-_eager_attention = functional.scaled_dot_product_attention
 
 FREE = {
     aten.detach, aten.alias, aten.lift_fresh, aten._unsafe_view, aten._reshape_alias, aten.empty, aten.empty_like,
@@ -48,46 +51,35 @@ FOREACH_TENSORS = (110, 64, 48, 36, 30)
 FOREACH_CHUNK, FOREACH_BLOCKS = 65536, 320
 """torch's multi-tensor kernels: tensors a launch by the number of lists, elements a block, blocks a launch."""
 
-class Trace:
+
+class Trace(TorchDispatchMode):
     """One traced program. Regions nest: work belongs to the innermost. Phases: "student forward" and "teacher forward" inside a
     watched module, with and without gradients; "recompute", the same during backward; "backward"; "accumulate", adding a
     parameter's gradient to its `.grad`; "other", outside of every watched module."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.costs: dict[tuple[str, str, str], Cost] = defaultdict(Cost)
         """(region, phase, op) -> sum of its calls; the region is "" outside of the watched modules."""
-        self.calls: Counter[tuple[str, str, str]] = Counter()
         self.saved: Counter[str] = Counter()
         """Bytes kept for backward, by the region that first kept them; parameters are not counted."""
         self._forward: list[tuple[str, str]] = []
         self._backward = ""
+        self._begins: list[tuple[int, str]] = [(0, "")]
+        """(sequence number of autograd, the region whose nodes are numbered from there on)."""
         self._parameters: set[int] = set()
         self._kept: dict[int, Any] = {}
-        self._handles: list[Any] = []
-        self._stack = ExitStack()
-
-    # ---- what to tell apart ------------------------------------------------------------------------------------------
 
     def watch(self, modules: nn.Module | Iterable[nn.Module], region: str) -> None:
         """The forward and backward of these modules is `region`; their parameters are no saved activations."""
-        if isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList):
-            modules = [modules]
-        for module in modules:
+        for module in [modules] if isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList) else modules:
             self.ignore(module)
-            enter, leave = self._entered(region), self._left(region)
-            self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(leave, always_call=True))
+            module.register_forward_pre_hook(partial(self._enter, region), with_kwargs=True)
+            module.register_forward_hook(self._leave, always_call=True)
 
     def ignore(self, module: nn.Module) -> None:
         """The parameters and buffers of `module` are not counted as saved."""
-        tensors = [*module.parameters(), *module.buffers()]
-        self._parameters |= {_identity(tensor) for tensor in tensors}
-
-    def unwatch(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-
-    # ---- results -----------------------------------------------------------------------------------------------------
+        self._parameters |= {id_of(tensor) for tensor in (*module.parameters(), *module.buffers())}
 
     def cost(self, region: str | None = None, phase: str | None = None, op: str = "") -> Cost:
         """Sum over the ops whose name contains `op`; None: all."""
@@ -100,127 +92,75 @@ class Trace:
     # ---- running -----------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Trace:
-        self._stack.enter_context(mock.patch.object(Tensor, "tolist", _tolist))
+        self._stack = ExitStack()
+        self._stack.enter_context(on_meta(bodies=False))
         self._stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", _attention))
         self._stack.enter_context(saved_tensors_hooks(self._keep, lambda tensor: tensor))
-        self._stack.enter_context(_Dispatch(self))
+        super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
         self._stack.close()
         self._kept.clear()
 
-    def add(self, op: str, cost: Cost) -> None:
-        where, when = self._place()
-        self.calls[where, when, op] += 1
-        self.costs[where, when, op] += cost
-
-    def _place(self) -> tuple[str, str]:
-        node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
-        if self._forward:
-            region, branch = self._forward[-1]
-            return (region, "recompute") if _in_backward() else (region, branch)
-        if node is not None and "AccumulateGrad" in node.name():
-            return self._backward, "accumulate"
-        return (self._backward, "backward") if _in_backward() else ("", "other")
-
-    def _push(self, region: str) -> None:
-        branch = "student" if torch.is_grad_enabled() else "teacher"
-        self._forward.append((region, f"{branch} forward"))
-
-    def _entered(self, region: str):
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            before = self._forward[-1][0] if self._forward else ""
-            self._push(region)
-            named = list(kwargs.items())
-            changed = _gate(self, before, [*args, *(value for _, value in named)])
-            return tuple(changed[: len(args)]), {name: value for (name, _), value in zip(named, changed[len(args) :])}
-
-        return hook
-
-    def _left(self, region: str):
-        def hook(module: nn.Module, args: tuple, out: Any) -> Any:
-            if isinstance(out, Tensor):
-                out = _gate(self, region, [out])[0]
-            elif type(out) in (tuple, list):
-                out = type(out)(_gate(self, region, list(out)))
-            self._forward.pop()
-            return out
-
-        return hook
-
-    def _keep(self, tensor: Tensor) -> Tensor:
-        identity = _identity(tensor)
-        if tensor.is_meta and identity not in self._parameters and identity not in self._kept:
-            self._kept[identity] = tensor.untyped_storage()  # held, so that no later storage gets its identity
-            self.saved[self._forward[-1][0] if self._forward else ""] += tensor.untyped_storage().nbytes()
-        return tensor
-
-
-def _identity(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
-
-
-class _Gate(torch.autograd.Function):
-    """Identity whose backward says which region's backward begins."""
-
-    @staticmethod
-    def forward(ctx: Any, trace: Trace, region: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.trace, ctx.region = trace, region
-        ctx.set_materialize_grads(False)
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        ctx.trace._backward = ctx.region
-        return None, None, *grads
-
-
-def _gate(trace: Trace, region: str, values: list[Any]) -> list[Any]:
-    """The same values; those that carry gradient go through a gate together."""
-    places = [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.requires_grad]
-    if torch.is_grad_enabled() and places:
-        values = list(values)
-        for i, value in zip(places, _Gate.apply(trace, region, *(values[i] for i in places))):
-            values[i] = value
-    return values
-
-
-def _tolist(tensor: Tensor) -> Any:
-    """Tensor.tolist, which the meta device does not have."""
-    return torch.zeros(tensor.shape).tolist() if tensor.is_meta else torch._C.TensorBase.tolist(tensor)
-
-
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:
-    """scaled_dot_product_attention; on the meta device one fused kernel, whatever the mask."""
-    if not query.is_meta:
-        return _eager_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if key.shape[1] != query.shape[1]:
-        key, value = (x[:, :1].expand(-1, query.shape[1], -1, -1) for x in (key, value))
-    return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[0]
-
-
-class _Dispatch(TorchDispatchMode):
-    def __init__(self, trace: Trace) -> None:
-        super().__init__()
-        self.trace = trace
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is aten._local_scalar_dense.default and args[0].is_meta:
             return 0.0
         out = function(*args, **kwargs)
         cost = cost_of(function, args, kwargs, out)
         if cost != Cost():
-            self.trace.add(function.overloadpacket._qualified_op_name, cost)
+            self.costs[*self._place(), function.overloadpacket._qualified_op_name] += cost
         return out
+
+    def _place(self) -> tuple[str, str]:
+        """Region and phase of what runs now. A node's backward belongs to the region whose forward made the node."""
+        node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
+        if self._forward:
+            region, branch = self._forward[-1]
+            return region, branch if node is None else "recompute"
+        if node is None:
+            return "", "other"
+        if "AccumulateGrad" in node.name():
+            return self._backward, "accumulate"
+        place = bisect.bisect_right(self._begins, node._sequence_nr(), key=itemgetter(0))
+        self._backward = self._begins[place - 1][1]
+        return self._backward, "backward"
+
+    def _enter(self, region: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """What arrives is seen through views of the region outside: what autograd does to a tensor's gradient on its way, to
+        add up several or to cast, belongs to the node that the gradient comes from."""
+        seen = [one.view_as(one) if isinstance(one, Tensor) else one for one in (*args, *kwargs.values())]
+        branch = "student" if torch.is_grad_enabled() else "teacher"
+        self._forward.append((region, f"{branch} forward"))
+        self._begin()
+        return tuple(seen[: len(args)]), dict(zip(kwargs, seen[len(args) :]))
+
+    def _leave(self, module: nn.Module, args: tuple, out: Any) -> Any:
+        """Likewise, through views of the region inside."""
+        out = tree_map_only(Tensor, lambda tensor: tensor.view_as(tensor), out)
+        self._forward.pop()
+        self._begin()
+        return out
+
+    def _begin(self) -> None:
+        self._begins.append((torch.autograd._get_sequence_nr(), self._forward[-1][0] if self._forward else ""))
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        identity = id_of(tensor)
+        if tensor.is_meta and identity not in self._parameters and identity not in self._kept:
+            self._kept[identity] = tensor.untyped_storage()  # held, so that no later storage gets its identity
+            self.saved[self._forward[-1][0] if self._forward else ""] += tensor.untyped_storage().nbytes()
+        return tensor
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, **_: Any,
+) -> Tensor:
+    """scaled_dot_product_attention as one fused kernel of a GPU, whatever the mask."""
+    return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[0]
 
 
 def cost_of(function: Any, args: tuple, kwargs: dict, out: Any) -> Cost:

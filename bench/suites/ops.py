@@ -1,26 +1,22 @@
 """Suite `kernels`: each op of `dopsd_kernels` against plain PyTorch and `torch.compile`, with the error of each beside it.
 
-Sizes are those of the model's standard configuration (bench/models.py). Peers: `eager` is the op's own `*_ref` with
-autograd's backward, for matrix products and attention torch's own calls; `compiled` is torch.compile of `eager`, fullgraph,
-static shapes. Phases: `forward` without gradient, `backward` alone.
-
-Rows; OP is a case, PHASE a phase, variants "ours", "eager", "compiled":
+Sizes are those of the model's standard configuration (bench/models.py). Peers: `eager` is the op's own `*_ref` with autograd's
+backward, for matrix products and attention torch's own calls; `compiled` is torch.compile of `eager`, fullgraph, static shapes.
+Rows; OP is a case, PHASE `forward`, without gradient, or `backward`, alone:
 
     OP            each    seconds_PHASE, bytes_per_second_PHASE, flops_per_second_PHASE, ceiling_share_PHASE
     OP            ours    bytes_PHASE, flops_PHASE: the work of a call, the same for all variants (bench/suites/roofline.py)
     OP            each    result_relative_error, gradient_relative_error: against float64 in the 2-norm, the worst of all
     OP/eager      ours    speedup_PHASE: eager's seconds over ours; OP/compiled likewise
-    copy          copy    bytes_per_second: the ceiling of memory
-    gemm          gemm    flops_per_second: the ceiling of products
+    copy, gemm    same    bytes_per_second, flops_per_second: the ceilings of memory and of products
 
-A roofline has flops_PHASE / bytes_PHASE across and flops_per_second_PHASE up, under min(gemm, copy * flops / bytes).
-ceiling_share = max(bytes / copy, flops / gemm) / seconds; above 1 where tensors stay in a cache: the copy does not. On a GPU
+A roofline has flops_PHASE / bytes_PHASE across and flops_per_second_PHASE up, under min(gemm, copy * flops / bytes). On a GPU
 seconds are the GPU's own, by events behind a fill that flushes the cache (bench/clock.py); on a CPU those of the whole call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -29,7 +25,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.live import say
 from bench.machine import ceilings
 from bench.models import WIDE, Model
 from bench.results import Options, Row, failed
@@ -116,14 +111,12 @@ class Op:
 
 def measure(options: Options) -> Iterator[Row]:
     """Rows as they are found, op by op."""
-    torch.set_num_threads(options.threads)
     model = Model(options.model, options.device)
     size = TINY if options.quick else Size.of(model)
     limits = ceilings(options.device, model.dtype, options.quick)
     yield Row(SUITE, f"copy{model.suffix}", "copy", "bytes_per_second", limits.bytes_per_second, "B/s")
     yield Row(SUITE, f"gemm{model.suffix}", "gemm", "flops_per_second", limits.flops_per_second, "FLOP/s")
     for name, build in OPS.items():
-        say(f"kernels: {name}")
         torch.manual_seed(0)
         try:
             op = build(Draw(size, options.device, model.dtype))
@@ -150,6 +143,9 @@ class Draw:
     def __call__(self, *shape: int, grad: bool = True, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, device=self.device) * scale).to(self.dtype).requires_grad_(grad)
 
+    def activations(self, **options: Any) -> Tensor:
+        return self(self.rows, self.size.width, **options)
+
     def weight(self) -> Tensor:
         return self(self.size.width)
 
@@ -157,24 +153,24 @@ class Draw:
         return self(self.size.sequences, self.size.width)
 
 
+def _per_sequence(draw: Draw, ours: Callable[..., Any], eager: Callable[..., Any], *tensors: Tensor) -> Op:
+    """An op whose modulation or gate has a row for each sequence."""
+    return Op(eager.__name__.removesuffix("_ref"), partial(ours, sequences=draw.sequences, eps=EPS),
+              partial(eager, row_sequence=draw.sequences.row_sequence, eps=EPS), tensors)
+
+
 def _rmsnorm_modulate(draw: Draw) -> Op:
-    ours = partial(rmsnorm_modulate, sequences=draw.sequences, eps=EPS)
-    eager = partial(rmsnorm_modulate_ref, row_sequence=draw.sequences.row_sequence, eps=EPS)
-    return Op("rmsnorm_modulate", ours, eager, (draw(draw.rows, draw.size.width), draw.weight(), draw.modulation()))
+    return _per_sequence(draw, rmsnorm_modulate, rmsnorm_modulate_ref, draw.activations(), draw.weight(), draw.modulation())
 
 
 def _layernorm_modulate(draw: Draw) -> Op:
-    ours = partial(layernorm_modulate, sequences=draw.sequences, eps=EPS)
-    eager = partial(layernorm_modulate_ref, row_sequence=draw.sequences.row_sequence, eps=EPS)
-    return Op("layernorm_modulate", ours, eager, (draw(draw.rows, draw.size.width), draw.modulation(), draw.modulation()))
+    tensors = draw.activations(), draw.modulation(), draw.modulation()
+    return _per_sequence(draw, layernorm_modulate, layernorm_modulate_ref, *tensors)
 
 
 def _gated_residual_norm(draw: Draw) -> Op:
-    ours = partial(gated_residual_norm, sequences=draw.sequences, eps=EPS)
-    eager = partial(gated_residual_norm_ref, row_sequence=draw.sequences.row_sequence, eps=EPS)
-    rows = draw(draw.rows, draw.size.width), draw(draw.rows, draw.size.width)
-    return Op("gated_residual_norm", ours, eager,
-              (*rows, draw.weight(), draw.modulation(), draw.weight(), draw.modulation()))
+    tensors = draw.activations(), draw.activations(), draw.weight(), draw.modulation(), draw.weight(), draw.modulation()
+    return _per_sequence(draw, gated_residual_norm, gated_residual_norm_ref, *tensors)
 
 
 def _qk_norm_rope(draw: Draw) -> Op:
@@ -209,24 +205,15 @@ def _dense_attention(length: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
 
 
-def _pair_linear_lora(draw: Draw) -> Op:
-    """Three frozen matrices (q, k, v) and, for student and teacher, A and B of each."""
+def _pair_linear_op(kind: str, draw: Draw) -> Op:
+    """Three matrices (q, k, v) of student and teacher; "lora": frozen ones that both share, and A and B of each."""
     d, r = draw.size.width, draw.size.rank
-    frozen = [draw(d, d, grad=False, scale=d**-0.5) for _ in range(3)]
-    student = [draw(*shape, scale=0.1) for shape in [(r, d)] * 3 + [(d, r)] * 3]
-    return _pair_op("pair_linear_lora", draw, [*frozen, *student, *(1.1 * one.detach() for one in student)])
-
-
-def _pair_linear_full(draw: Draw) -> Op:
-    d = draw.size.width
-    student = [draw(d, d, scale=d**-0.5) for _ in range(3)]
-    return _pair_op("pair_linear_full", draw, [*student, *(1.1 * one.detach() for one in student)])
-
-
-def _pair_op(name: str, draw: Draw, matrices: Sequence[Tensor]) -> Op:
-    teacher_rows = draw.size.sequences * draw.size.teacher_length
-    tensors = draw(draw.rows, draw.size.width), draw(teacher_rows, draw.size.width, grad=False), *matrices
-    return Op(name, partial(_pair_linear, pair_linear), partial(_pair_linear, _two_branches), tensors)
+    matrices = [draw(d, d, grad=kind == "full", scale=d**-0.5) for _ in range(3)]
+    student = [draw(*shape, scale=0.1) for shape in [(r, d)] * 3 + [(d, r)] * 3] if kind == "lora" else matrices
+    teacher = [1.1 * one.detach() for one in student]
+    teacher_rows = draw(draw.size.sequences * draw.size.teacher_length, d, grad=False)
+    tensors = draw.activations(), teacher_rows, *matrices, *(student if kind == "lora" else ()), *teacher
+    return Op(f"pair_linear_{kind}", partial(_pair_linear, pair_linear), partial(_pair_linear, _two_branches), tensors)
 
 
 def _pair_linear(linear: Callable[..., Any], x_s: Tensor, x_t: Tensor, *matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,25 +235,15 @@ def _two_branches(x_s: Tensor, x_t: Tensor, w_s: list[Tensor], w_t: list[Tensor]
     return branches[0], branches[1]
 
 
-def _accumulate_lora(draw: Draw) -> Op:
-    """The gradients of q's, k's and v's A and B, added to fp32 sums."""
+def _pair_linear_accumulate(kind: str, draw: Draw) -> Op:
+    """The gradients of q, k and v, "lora": of A and B of each, added to fp32 sums."""
     d, r, wide = draw.size.width, draw.size.rank, torch.promote_types(draw.dtype, torch.float32)
-    sums = [draw(*shape, grad=False).to(wide) for shape in [(r, d)] * 3 + [(d, r)] * 3]
-    through = [draw(draw.rows, 3 * r, grad=False) for _ in range(2)]
-    return _accumulate_op("pair_linear_accumulate_lora", draw, sums, through)
-
-
-def _accumulate_full(draw: Draw) -> Op:
-    d, wide = draw.size.width, torch.promote_types(draw.dtype, torch.float32)
-    sums = [draw(d, d, grad=False).to(wide) for _ in range(3)]
-    return _accumulate_op("pair_linear_accumulate_full", draw, sums, [])
-
-
-def _accumulate_op(name: str, draw: Draw, sums: list[Tensor], through: list[Tensor]) -> Op:
-    """`through`: x A^T and dy B of all members, side by side; [] without adapters."""
-    dy, x = [draw(draw.rows, draw.size.width, grad=False) for _ in range(3)], draw(draw.rows, draw.size.width, grad=False)
+    shapes = [(r, d)] * 3 + [(d, r)] * 3 if kind == "lora" else [(d, d)] * 3
+    sums = [draw(*shape, grad=False).to(wide) for shape in shapes]
+    through = [draw(draw.rows, 3 * r, grad=False) for _ in range(2)] if kind == "lora" else []  # x A^T and dy B, side by side
+    tensors = [draw.activations(grad=False) for _ in range(4)]
     ours, eager = (partial(_accumulate, add) for add in (pair_linear_accumulate, _add_gradients))
-    return Op(name, ours, eager, (x, *dy, *sums, *through))
+    return Op(f"pair_linear_accumulate_{kind}", ours, eager, (*tensors, *sums, *through))
 
 
 def _accumulate(add: Callable[..., Any], x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -296,8 +273,8 @@ def _fp8_linear(draw: Draw) -> Op:
     size = draw.size
     weight = draw(size.hidden, size.width, grad=False, scale=size.width**-0.5)
     quantised = Fp8Weight(weight)
-    return Op("fp8_linear", lambda x: fp8_linear(x, quantised), lambda x: F.linear(x, weight.to(x.dtype)),
-              (draw(draw.rows, size.width),))
+    ours, eager = (lambda x: fp8_linear(x, quantised)), (lambda x: F.linear(x, weight.to(x.dtype)))
+    return Op("fp8_linear", ours, eager, (draw.activations(),))
 
 
 OPS: dict[str, Callable[[Draw], Op]] = {
@@ -308,9 +285,9 @@ OPS: dict[str, Callable[[Draw], Op]] = {
     "swiglu": _swiglu,
     "divergence_step": _divergence_step,
     "attention": _attention,
-    "pair_linear_lora": _pair_linear_lora,
-    "pair_linear_full": _pair_linear_full,
-    "pair_linear_accumulate_lora": _accumulate_lora,
-    "pair_linear_accumulate_full": _accumulate_full,
+    "pair_linear_lora": partial(_pair_linear_op, "lora"),
+    "pair_linear_full": partial(_pair_linear_op, "full"),
+    "pair_linear_accumulate_lora": partial(_pair_linear_accumulate, "lora"),
+    "pair_linear_accumulate_full": partial(_pair_linear_accumulate, "full"),
     "fp8_linear": _fp8_linear,
 }

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import statistics
-import time
+import timeit
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.clock import kernel_clock
-from bench.harness import Contest, Seconds, free, relative
+from bench.harness import Contest, Seconds, relative
 from bench.machine import Ceilings
-from bench.results import Options, Row, Status
+from bench.results import Options, Row
 from bench.suites.meta_trace import FREE, GATHERS, _written, cost_of, moved
 from dopsd_kernels import launch, native_ops
 from dopsd_kernels.attention import choose_attention
@@ -38,8 +38,9 @@ Outcome = tuple[list[Tensor], list[Tensor]]
 """Results, gradients."""
 SHORTEST = 5e-3
 """Seconds of a measurement on a CPU at least: as many calls as take that long."""
-CACHED = "above 1: its tensors stay in a cache, those of the ceiling's copy do not"
-FEWER = "above 1: it does fewer operations than it declares, or in shapes that suit the machine better than the ceiling's"
+LIBRARY_ONLY = {"pair_linear_full", "pair_linear_accumulate_full"}
+"""Products without adapters: on CUDA they are cuBLAS's, there is no kernel of ours."""
+ABOVE = "above 1: its tensors stay in a cache, or its shapes suit the machine better than the ceiling's"
 
 
 @dataclass(frozen=True)
@@ -78,21 +79,15 @@ class Counted(TorchDispatchMode):
 
 def work(op: Any) -> dict[str, Work]:
     """By phase, of an op (bench.suites.ops.Op) with meta tensors. An op without gradients has no backward."""
-    ours, eager = (_count(function, op.tensors) for function in (op.ours, op.eager))
+    ours, eager = ({phase: _count(call) for phase, call in phases(function, op.tensors).items()}
+                   for function in (op.ours, op.eager))
     return {phase: Work(found.bytes, found.flops or eager[phase].arithmetic) for phase, found in ours.items()}
 
 
-def _count(function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> dict[str, Counted]:
-    found = {"forward": Counted()}
-    with found["forward"]:
-        outputs = differentiable(function(*tensors))
-    leaves = [t for t in tensors if t.requires_grad]
-    if leaves:
-        seeds = [torch.empty_like(out) for out in outputs]
-        found["backward"] = Counted()
-        with found["backward"]:
-            torch.autograd.grad(outputs, leaves, seeds)
-    return found
+def _count(call: Callable[[], Any]) -> Counted:
+    with Counted() as counted:
+        call()
+    return counted
 
 
 def differentiable(results: Any) -> list[Tensor]:
@@ -102,47 +97,64 @@ def differentiable(results: Any) -> list[Tensor]:
 # ---- the measurement -------------------------------------------------------------------------------------------------
 
 
+class Variant:
+    """An op by one of its functions, as `Contest` has it."""
+
+    def __init__(self, op: Any, function: Callable[..., Any], device: torch.device) -> None:
+        self.op, self.function, self.device = op, function, device
+        self.calls = phases(function, op.tensors)
+
+    def fell_back(self) -> str:
+        """Why ours does not run on the path that is made for the device; empty: it does."""
+        name, x = self.op.name, self.op.tensors[0]
+        if self.function is not self.op.ours:
+            return ""
+        if name == "attention":
+            library = choose_attention(x.device, x.dtype, x.shape[-1], True)
+            return "attention by plain mathematics" if library == "math" else ""
+        if self.device.type == "cuda":
+            before = launch.count
+            with torch.no_grad():
+                self.function(*_copies(self.op.tensors))
+            return "" if launch.count > before or name in LIBRARY_ONLY else "no Triton kernel ran: plain PyTorch"
+        if name == "fp8_linear":
+            return "emulated with dequantised matrices: the 8-bit product needs a GPU"
+        missing = hasattr(native_ops, f"{name}_fwd") and not native_ops.has(name)
+        return "dopsd_kernels._native is not built: plain PyTorch" if missing else ""
+
+    def close(self) -> None:
+        self.calls.clear()
+
+
 def measure(
     op: Any, work: Mapping[str, Work], limits: Ceilings, options: Options, suffix: str = "", compiles: bool = True
 ) -> Iterator[Row]:
     """The rows of one op: speed, share of the ceiling and errors of each variant; a `failed` row for one that raises."""
+    contest = Contest(SUITE, f"{op.name}{{}}{suffix}", options, "seconds_forward", "speedup_forward")
+    contest.peers = "eager", "compiled"
     functions: dict[str, Callable[..., Any]] = {"ours": op.ours, "eager": op.eager}
-    status, note = ran(op, options.device)
-    notes = {"ours": note} if status == "fallback" else {}
     if compiles:
         torch._dynamo.reset()
         backend = "eager" if options.quick else "inductor"
         functions["compiled"] = torch.compile(op.eager, fullgraph=True, dynamic=False, backend=backend)
-        notes |= {"compiled": "quick: traced by torch.compile, run eagerly"} if options.quick else {}
-    case = f"{op.name}{{}}{suffix}"
-    made = {phase: Contest(SUITE, case, options, f"seconds_{phase}", f"speedup_{phase}", notes) for phase in work}
-    for contest in made.values():
-        contest.peers, contest.remarks["ours"] = ("eager", "compiled"), note
-    first = made["forward"]
     exact = functools.cache(lambda: outcome(op.eager, op.to(torch.float64).tensors))
+
+    def errors(one: Variant) -> dict[str, tuple[float, str]]:
+        found = relative_errors(outcome(one.function, op.tensors), exact())
+        return {metric: (worst, "") for metric, worst in found.items()}
+
     # a compiled backward that may overwrite its inputs cannot run twice
     with torch._functorch.config.patch(donated_buffer=False):
-        errors, calls = {}, {}
-        for name, function in functions.items():  # before any call adds to the op's tensors
-            try:
-                errors[name] = relative_errors(outcome(function, op.tensors), exact())
-            except Exception as error:  # whatever a compiler, a library or a GPU without memory raises
-                for contest in made.values():
-                    yield from contest.lost(name, error)
-        for name, found in errors.items():
-            for metric, worst in found.items():
-                yield first.row(name, metric, "", worst)
-            try:
-                calls[name] = phases(functions[name], op.tensors)
-            except Exception as error:  # as above
-                for contest in made.values():
-                    yield from contest.lost(name, error)
+        for name, function in functions.items():  # all before any call adds to the op's tensors
+            yield from contest.build(name, partial(Variant, op, function, options.device), errors)
+        if options.quick:
+            contest.notes["compiled"] = "quick: traced by torch.compile, run eagerly"
         for phase, done in work.items():
-            yield first.row("ours", f"bytes_{phase}", "B", done.bytes)
-            yield first.row("ours", f"flops_{phase}", "FLOP", done.flops)
-            yield from _speed(made[phase], phase, {name: found[phase] for name, found in calls.items()}, done, limits)
-    calls.clear()
-    free(options.device)
+            contest.seconds, contest.ratio = f"seconds_{phase}", f"speedup_{phase}"
+            yield contest.row("ours", f"bytes_{phase}", "B", done.bytes)
+            yield contest.row("ours", f"flops_{phase}", "FLOP", done.flops)
+            yield from _speed(contest, phase, done, limits)
+    contest.forget()
 
 
 def phases(function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> dict[str, Callable[[], Any]]:
@@ -156,63 +168,26 @@ def phases(function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> dict[st
     return calls
 
 
-def _speed(
-    contest: Contest, phase: str, calls: Mapping[str, Callable[[], Any]], work: Work, limits: Ceilings
-) -> Iterator[Row]:
-    options, repeats = contest.options, 1
-    if kernel_clock(options.device) != "events" and not options.quick:  # which tell of a single call
-        repeats = max(1, round(SHORTEST / max(_seconds(call) for call in calls.values())))
-    above = CACHED if work.bytes / limits.bytes_per_second >= work.flops / limits.flops_per_second else FEWER
+def _speed(contest: Contest, phase: str, work: Work, limits: Ceilings) -> Iterator[Row]:
+    calls = {name: one.calls[phase] for name, one in contest.alive.items()}
     amounts = {f"bytes_per_second_{phase}": ("B/s", work.bytes), f"flops_per_second_{phase}": ("FLOP/s", work.flops)}
+    count = 1
+    if kernel_clock(contest.options.device) != "events" and not contest.options.quick:  # which tell of a single call
+        taken = []
+        for call in calls.values():
+            with contextlib.suppress(Exception):  # left to the timing
+                taken.append(min(timeit.repeat(call, repeat=2, number=1)))
+        count = max(1, round(SHORTEST / max(taken, default=SHORTEST)))
 
     def rows(found: Seconds) -> Iterator[Row]:
-        seconds = {name: [value / repeats for value in values] for name, values in found.items()}
+        seconds = {name: [value / count for value in values] for name, values in found.items()}
         yield from contest.speeds(seconds, amounts)
         for name, values in seconds.items():
             shares = [work.floor(limits) / value for value in values]
-            yield contest.row(name, f"ceiling_share_{phase}", "", shares, above if statistics.median(shares) > 1 else "")
+            yield contest.row(name, f"ceiling_share_{phase}", "", shares, ABOVE if statistics.median(shares) > 1 else "")
 
-    many = {name: partial(_repeat, call, repeats) for name, call in calls.items()}
+    many = {name: partial(timeit.timeit, call, number=count) for name, call in calls.items()}
     yield from contest.time(many, rows, usual=30, tour=10, warmup=1, kernel=True)
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    """Of a second call, on a CPU; one that raises is left to the timing."""
-    with contextlib.suppress(Exception):
-        call()
-        began = time.perf_counter()
-        call()
-        return time.perf_counter() - began
-    return SHORTEST
-
-
-def _repeat(call: Callable[[], Any], count: int) -> None:
-    for _ in range(count):
-        call()
-
-
-def ran(op: Any, device: torch.device) -> tuple[Status, str]:
-    """What ours runs on: "fallback" and why, where it is not the path made for the device."""
-    x = op.tensors[0]
-    if op.name == "attention":
-        library = choose_attention(x.device, x.dtype, x.shape[-1], True)
-        return ("fallback" if library == "math" else "ok"), f"library: {library}"
-    if device.type == "cuda":
-        if op.name in LIBRARY_ONLY:
-            return "ok", ""
-        before = launch.count
-        with torch.no_grad():
-            op.ours(*_copies(op.tensors))
-        return ("ok", "") if launch.count > before else ("fallback", "no Triton kernel ran: plain PyTorch")
-    if op.name == "fp8_linear":
-        return "fallback", "emulated with dequantised matrices: the 8-bit product needs a GPU"
-    if hasattr(native_ops, f"{op.name}_fwd") and not native_ops.has(op.name):
-        return "fallback", "dopsd_kernels._native is not built: plain PyTorch"
-    return "ok", ""
-
-
-LIBRARY_ONLY = {"pair_linear_full", "pair_linear_accumulate_full"}
-"""Products without adapters: on CUDA they are cuBLAS's, there is no kernel of ours."""
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
@@ -223,8 +198,7 @@ def relative_errors(found: Outcome, exact: Outcome) -> dict[str, float]:
     errors = {}
     for what, values, truth in zip(("result", "gradient"), found, exact):
         if truth:
-            worst = max(relative(v, e) for v, e in zip(values, truth, strict=True))
-            errors[f"{what}_relative_error"] = worst
+            errors[f"{what}_relative_error"] = max(relative(v, e) for v, e in zip(values, truth, strict=True))
     return errors
 
 
