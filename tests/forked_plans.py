@@ -7,7 +7,8 @@ import asyncio
 import runpy
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -54,8 +55,8 @@ def module(name: str, *words: str) -> None:
             raise
 
 
-@pytest.fixture(scope="module", autouse=True)
-def forks():
+@contextmanager
+def used() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "start", start)
         yield

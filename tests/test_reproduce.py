@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from bench import run as bench
-from bench.reproduce import claims, eager, runs
-from bench.reproduce.arms import ABLATIONS, BEFORE, DOMAINS, MAIN, OURS, QUICK, START, Budget
+from bench.reproduce import claims, eager
+from bench.reproduce.arms import ABLATIONS, DOMAINS, MAIN, OURS, QUICK, START, Budget
 from bench.reproduce.claims import Measures
 from bench.reproduce.embedded import Embedded
 from bench.reproduce.resampling import Draws
@@ -22,11 +22,16 @@ from bench.results import Options, read_results
 from bench.suites import reproduce
 from tests import forked_plans, tiny
 from tests.driving import data, rows, start, words
-from tests.forked_plans import forks  # noqa: F401: the plan's processes are forks
 
 MORE = (*QUICK, *(arm for arm in (*MAIN, *ABLATIONS) if arm.name in ("pso", "frozen_teacher")))
 SMALL = Budget(steps=50, seeds=1, search=False, captions=48, validation=8, curve=8, points=2)
 REQUIRED = {"sft_loses_few_step", "dopsd_learns_target", "dopsd_keeps_original", "dopsd_beats_sft", "live_teacher_collapses"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forks():
+    with forked_plans.used():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,13 @@ from bench.reproduce.given import Given
 from bench.results import read_results
 from tests import forked_plans, tiny
 from tests.driving import data, rows, words
-from tests.forked_plans import forks  # noqa: F401: the plan's processes are forks
 from tests.tiny_metrics import TEXTS, make_all, make_dino
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forks():
+    with forked_plans.used():
+        yield
 
 
 @pytest.fixture(scope="module")

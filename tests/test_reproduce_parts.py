@@ -334,8 +334,8 @@ def test_a_plan_that_is_stopped_ends_its_processes(tmp_path):
     log = tmp_path / "logs" / "x.train.log"
 
     async def stopped():
-        await asyncio.gather(plan._process(["-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"], "x.train"),
-                             stop())
+        sleeps = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+        await asyncio.gather(plan._process(["-c", sleeps], "x.train"), stop())
 
     async def stop():
         while not (log.exists() and log.read_text().endswith("\n")):

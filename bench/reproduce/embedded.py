@@ -48,22 +48,21 @@ most 5 % worse than its best."""
 
 @dataclass
 class Embedded:
-    """nano. `folder`: where the records are written when they are first asked for: 64 pictures of the target style with 64
+    """`folder`: where the records are written when they are first asked for: 64 pictures of the target style with 64
     anchors, or four pictures for the customisation."""
 
     folder: Path
-    model: str = "nano"
     module = "bench.reproduce.embedded"
     rates = (1e-4, 3e-4, 1e-3)
     curve, few, side = True, FEW, 112
 
     def describe(self) -> dict[str, Any]:
-        return {"model": self.model}
+        return {"model": "nano"}
 
     def words(self, arm: Arm, budget: Budget) -> list[str]:
         lora = ["adapter.rank=16", "adapter.alpha=32"] if arm.lora else []
         return [
-            "nano_full", f"model.path={self.model}", f"data.path={self.data(arm.data)}", f"train.steps={budget.steps}",
+            "nano_full", "model.path=nano", f"data.path={self.data(arm.data)}", f"train.steps={budget.steps}",
             "train.threads=1", *SILENT, "conditioning.cache=disk", f"conditioning.folder={self.folder / 'contexts'}",
             f"checkpoint.every={max(1, budget.steps // budget.points)}", f"checkpoint.keep={budget.points + 1}",
             *arm.words, *lora,
@@ -78,7 +77,7 @@ class Embedded:
 
     def job(self, budget: Budget, curve: bool, final: bool) -> dict[str, Any]:
         sizes = (budget.captions, 0, budget.curve * curve) if final else (0, budget.validation, 0)
-        return {"model": self.model} | dict(zip(("captions", "validation", "curve"), sizes))
+        return dict(zip(("captions", "validation", "curve"), sizes))
 
     def score(self, drawn: Path) -> float:
         """patch_fd of the validation captions at the deployment step count, target plus original domain: both are wanted."""
@@ -111,11 +110,11 @@ class Embedded:
 # ---- drawing ---------------------------------------------------------------------------------------------------------
 
 
-def draw(run: str, out: str, model: str, captions: int, validation: int, curve: int) -> None:
+def draw(run: str, out: str, captions: int, validation: int, curve: int) -> None:
     """Draws with the students of a run folder, "": with the pipeline as it is. Of each domain it writes to the folder `out`, 0
     where it is not wanted: KEPT, uint8 [captions, 32, 32, 3] by "domain@steps"; VALIDATION, measures of so many validation
     captions at FEW steps; CURVE, a list of the same, one a checkpoint, of the first `curve` of those."""
-    settings = load_settings([f"{run}/settings.toml" if run else f"model.path={model}"])
+    settings = load_settings([f"{run}/settings.toml" if run else "model.path=nano"])
     drawer, points = Drawer(open_family(settings.model.folder, settings.conditioning)), []
     for step, student in drawer.students(run, all_of_them=curve > 0):
         if curve:

@@ -164,14 +164,14 @@ class Clip:
 
 
 def scripted(path: Path, device: torch.device, dtype: torch.dtype, **options: bool) -> Callable[[Image.Image], Tensor]:
-    """A TorchScript network, called with `options`: picture -> float64 [1, D] on the CPU."""
+    """A TorchScript network, called with `options`: picture -> float32 [1, D]."""
     network = torch.jit.load(str(path), map_location=device).eval()
 
     def features(picture: Image.Image) -> Tensor:
         found = network(_pixels(picture).to(device, dtype), **options)
         if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != 1:
             raise UserError(f"{path}: gives no features [N, D]: it is not the network that this file is named after")
-        return found.double().cpu()
+        return found
 
     return features
 
@@ -184,7 +184,7 @@ def frechet(features: Callable[[Image.Image], Tensor], pictures: Pictures, targe
     n = len(pictures)
     if n < 2:
         return Scored("fid", "lower", None, float("nan"), f"{n} picture has no covariance: at least 2 are needed")
-    found, goal = (torch.cat([features(picture) for picture in group]) for group in (pictures, targets))
+    found, goal = (torch.cat([features(picture) for picture in group]).double().cpu() for group in (pictures, targets))
     size = goal.shape[1]  # given as an image's width: how a metric of features that are there learns their number
     metric = FrechetInceptionDistance(nn.Identity(), input_img_size=(1, 1, size), sync_on_compute=False)
     metric.update(found, real=False)
@@ -201,7 +201,7 @@ def lpips(path: Path, device: torch.device) -> Callable[..., float]:
 
     def distance(picture: Image.Image, target: Image.Image, prompt: str) -> float:
         fits = picture if picture.size == target.size else picture.resize(target.size, Image.Resampling.LANCZOS)
-        return (features(fits) - features(target)).square().sum().item()
+        return (features(fits) - features(target)).square().sum(dtype=torch.float64).item()
 
     return distance
 

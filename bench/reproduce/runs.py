@@ -161,7 +161,7 @@ class Plan:
             await self._process(["-m", self.subject.module, str(drawn / "job.json")], f"{drawn.name}.pictures")
 
     async def _process(self, arguments: Sequence[str], name: str) -> None:
-        """Runs Python with `arguments` from the checkout; Lost says how it failed."""
+        """Until it has ended; Lost says how it failed."""
         log = self.folder / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = {key: value for key, value in os.environ.items() if key not in rank_environment(0, 1, 0)}
@@ -177,6 +177,7 @@ class Plan:
 
 
 async def start(arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> asyncio.subprocess.Process:
+    """Python with `arguments` in the checkout; what it says is added to `log`."""
     with log.open("a") as said:
         return await asyncio.create_subprocess_exec(
             sys.executable, *arguments, cwd=ROOT, env=environment, stdin=asyncio.subprocess.DEVNULL, stdout=said, stderr=said
