@@ -421,6 +421,6 @@ def test_what_is_damaged_is_found_on_use_as_well(whole, tmp_path):
     with pytest.raises(UserError, match="lpips.pt cannot be used"):
         metrics.score(pictures(2), pictures(2), TEXTS[:2])
     assert len(metrics.probe(pictures(1), [Probe("x", ("a?", "b?"))]).values) == 1  # needs no probes.jsonl
-    config(do_resize=False, do_center_crop=False)(folder / "dino" / "preprocessor_config.json")
+    config(image_mean=[0.5])(folder / "dino" / "preprocessor_config.json")
     with pytest.raises(UserError, match="dino cannot be used"):
-        Metrics(folder, "cpu").score([picture(1), picture(2, 56, 40)], pictures(2), TEXTS[:2])
+        Metrics(folder, "cpu").score(pictures(2), pictures(2), TEXTS[:2])

@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
+import signal
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench import live
 from bench.reproduce import claims, runs
 from bench.reproduce.arms import ABLATIONS, DOMAINS, MAIN, NAMES, OURS, QUICK, START, Arm, Budget, next_rate, ranked
 from bench.reproduce.claims import Measures
@@ -333,17 +338,20 @@ def test_a_plan_that_is_stopped_ends_its_processes(tmp_path):
     plan = Plan(tmp_path, Fake({}), Budget(1, 1, True, 1, 1, 1, 1), workers=1)
     log = tmp_path / "logs" / "x.train.log"
 
-    async def stopped():
-        sleeps = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
-        await asyncio.gather(plan._process(["-c", sleeps], "x.train"), stop())
-
-    async def stop():
+    def stop():
         while not (log.exists() and log.read_text().endswith("\n")):
-            await asyncio.sleep(0.02)
-        raise KeyboardInterrupt
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(KeyboardInterrupt):
-        asyncio.run(stopped())
+    before, thread = live.stop_at(signal.SIGTERM), threading.Thread(target=stop)
+    try:
+        thread.start()
+        with pytest.raises(live.Stopped):
+            sleeps = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+            asyncio.run(plan._process(["-c", sleeps], "x.train"))
+    finally:
+        thread.join()
+        signal.signal(signal.SIGTERM, before)
     assert not Path(f"/proc/{log.read_text().strip()}").exists()
 
 
