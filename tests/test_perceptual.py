@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bench.reproduce import perceptual
-from bench.reproduce.perceptual import Metrics
-from bench.reproduce.probes import Probe, read_probes
+from bench.reproduce.perceptual import Metrics, Probe, read_probes
 from dopsd_fast.errors import UserError
 from dopsd_fast.nano.measure import frechet
 from tests import tiny
@@ -180,7 +179,7 @@ def test_a_set_against_itself(metrics):
 
 
 def test_sizes_and_modes_mix_and_every_picture_keeps_its_value(metrics):
-    """As every picture gets alone, whatever is beside it; 19 pictures are two calls of a network."""
+    """As every picture gets alone, whatever is beside it."""
     found = [picture(i, *((48, 40), (64, 33), (40, 72))[i % 3], "L" if i % 5 == 0 else "RGB") for i in range(19)]
     goal = [picture(50 + i, *((48, 40), (30, 60))[i % 2]) for i in range(19)]
     texts = [f"{text} {i}" for i, text in enumerate(TEXTS * 5)][:19]
@@ -190,17 +189,6 @@ def test_sizes_and_modes_mix_and_every_picture_keeps_its_value(metrics):
         for name in ("dino_distance", "clip_score", "lpips"):
             assert together[name].values[i] == pytest.approx(alone[name].value, rel=1e-3, abs=1e-4), (name, i)
     assert scores(metrics, found, goal, texts) == together
-
-
-def test_calls_hold_16_pictures_and_so_many_pixels_at_most(metrics, monkeypatch):
-    seen, dino = [], metrics._open("dino_distance")
-    real = dino.processor
-    monkeypatch.setattr(dino, "processor", lambda images, **options: seen.append(len(images)) or real(images=images, **options))
-    scores(metrics, pictures(19), pictures(19), ["x"] * 19)
-    assert seen == [16, 3, 16, 3]
-    groups = [Image.new("RGB", size) for size in [(8, 8)] * 20 + [(9, 8)] + [(1024, 1024)] * 5 + [(4096, 4096)] * 2]
-    batches = list(perceptual._of_one_size(groups))
-    assert [len(b) for b in batches] == [16, 4, 1, 4, 1, 1, 1] and sorted(sum(batches, [])) == list(range(28))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "LA", "P", "1", "CMYK"])
@@ -227,7 +215,7 @@ def test_a_whole_folder_passes_its_check_and_nothing_is_fetched(whole, monkeypat
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     metrics = Metrics(whole, "cpu")
-    assert metrics.available() == ALL and metrics.missing() == []
+    assert metrics.available() == ALL and metrics.missing() == {}
     metrics.check()
 
 
@@ -285,7 +273,8 @@ SAID = [({"yes": 0.6, "no": 0.3}, 1.0), ({"yes": 0.3, "no": 0.6}, 0.0), ({"yes":
 @pytest.mark.parametrize("p, share", SAID)
 def test_spellings_add_up(whole, p, share):
     metrics = Metrics(whole, "cpu")
-    metrics._open("probes").model.lm_head = Says(p)
+    metrics.probe(pictures(1), [Probe("x", QUESTIONS)])
+    metrics.opened["probes"].model.lm_head = Says(p)
     assert metrics.probe(pictures(2), [Probe("x", QUESTIONS), Probe("y", QUESTIONS[:1])]).values == [share, share]
 
 
@@ -330,9 +319,9 @@ def test_without_the_folder(tmp_path):
 def test_an_empty_folder_gives_nothing_and_says_what_each_would(tmp_path):
     metrics = Metrics(tmp_path, "cpu")
     assert metrics.available() == [] and metrics.score(pictures(1), pictures(1), ["x"]) == []
-    assert [m.name for m in metrics.missing()] == ALL
-    for missing, name in zip(metrics.missing(), ["dino", "clip", "inception.pt", "lpips.pt", "vqa"]):
-        assert f"no {tmp_path / name}" in missing.why and "give" in missing.why and "\n" not in missing.why
+    assert list(metrics.missing()) == ALL
+    for why, name in zip(metrics.missing().values(), ["dino", "clip", "inception.pt", "lpips.pt", "vqa"]):
+        assert f"no {tmp_path / name}" in why and "give" in why and "\n" not in why
     metrics.check()
     with pytest.raises(UserError, match="no .*vqa: "):
         metrics.probe(pictures(1), [Probe("x", ("a?",))])
@@ -343,15 +332,15 @@ def test_one_is_missing(whole, tmp_path, name, needs):
     kept = {"dino", "clip", "inception.pt", "lpips.pt", "vqa", "probes.jsonl"} - set(needs)
     metrics = Metrics(only(whole, tmp_path / "some", *kept), "cpu")
     assert metrics.available() == [n for n in ALL if n != name]
-    (missing,) = metrics.missing()
-    assert missing.name == name and f"no {tmp_path / 'some' / needs[0]}: " in missing.why
+    ((missing, why),) = metrics.missing().items()
+    assert missing == name and f"no {tmp_path / 'some' / needs[0]}: " in why
     assert name not in scores(metrics, pictures(2), pictures(2), TEXTS[:2])
 
 
 def test_without_torchmetrics(whole, monkeypatch):
     monkeypatch.setattr(perceptual.importlib.util, "find_spec", lambda name: None)
-    (missing,) = Metrics(whole, "cpu").missing()
-    assert missing.name == "fid" and "pip install" in missing.why
+    ((missing, why),) = Metrics(whole, "cpu").missing().items()
+    assert missing == "fid" and "pip install" in why
 
 
 @pytest.mark.parametrize("counts", [(2, 3, 2), (3, 2, 3), (2, 2, 1), (0, 0, 0)])
@@ -432,6 +421,6 @@ def test_what_is_damaged_is_found_on_use_as_well(whole, tmp_path):
     with pytest.raises(UserError, match="lpips.pt cannot be used"):
         metrics.score(pictures(2), pictures(2), TEXTS[:2])
     assert len(metrics.probe(pictures(1), [Probe("x", ("a?", "b?"))]).values) == 1  # needs no probes.jsonl
-    config(do_resize=False, do_center_crop=False)(folder / "dino" / "preprocessor_config.json")
+    config(image_mean=[0.5])(folder / "dino" / "preprocessor_config.json")
     with pytest.raises(UserError, match="dino cannot be used"):
-        Metrics(folder, "cpu").score([picture(1), picture(2, 56, 40)], pictures(2), TEXTS[:2])
+        Metrics(folder, "cpu").score(pictures(2), pictures(2), TEXTS[:2])

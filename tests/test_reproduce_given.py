@@ -9,11 +9,19 @@ import pytest
 from PIL import Image
 
 from bench import run as bench
-from bench.reproduce.arms import OURS, START
+from bench.reproduce import runs
+from bench.reproduce.arms import OURS, START, Arm, Budget
+from bench.reproduce.given import Given
 from bench.results import read_results
-from tests import tiny
-from tests.driving import data, words
+from tests import forked_plans, tiny
+from tests.driving import data, rows, words
 from tests.tiny_metrics import TEXTS, make_all, make_dino
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forks():
+    with forked_plans.used():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +35,27 @@ def evaluation(tmp_path_factory):
     return folder
 
 
-def given(evaluation: Path, out: Path, *more: str) -> int:
+def settings() -> list[str]:
     ours = ("model.path", "sample.", "checkpoint.every", "train.steps", "train.learning_rate")
-    settings = [word for word in words() if not word.startswith(ours)]
+    return [word for word in words() if not word.startswith(ours)]
+
+
+def given(evaluation: Path, out: Path, *more: str) -> int:
     return bench.main(["reproduce", "--model", str(tiny.shared("zimage")), "--data", str(data()), "--eval", str(evaluation),
                        "--recipe", "nano_full", "--quick", "--steps", "2", "--threads", "1", "--out", str(out), *more,
-                       "--set", *settings])
+                       "--set", *settings()])
 
 
-def test_a_model_of_ones_own(evaluation, tmp_path):
-    assert given(evaluation, tmp_path / "out") == 0
-    facts, found = read_results(tmp_path / "out")
+@pytest.fixture(scope="module")
+def whole(evaluation, tmp_path_factory):
+    """The result folder of a comparison with every metric."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert given(evaluation, out) == 0
+    return out
+
+
+def test_a_model_of_ones_own(whole):
+    facts, found = read_results(whole)
     few = next(row.case for row in found if row.metric == "fid").partition("@")[2]
     assert few == "2_steps" or few == "8_steps"
     names = {(row.variant, row.metric) for row in found if row.case == f"target@{few}" and row.status == "ok"}
@@ -47,22 +65,47 @@ def test_a_model_of_ones_own(evaluation, tmp_path):
     noted = {row.case: row.note for row in found if row.metric == "claim"}
     assert "dino_distance" in noted["dopsd_beats_sft"] and "fid" in noted["dopsd_beats_sft"]
     assert "probes" in noted["dopsd_keeps_original"]
-    assert (tmp_path / "out" / "plots" / "reproduce_grid_target.png").exists()
-    drawn = tmp_path / "out" / "work" / "drawn" / START / "pictures"
+    assert (whole / "plots" / "reproduce_grid_target.png").exists()
+    drawn = whole / "work" / "drawn" / START / "pictures"
     assert len(list((drawn / f"target@{few.removesuffix('_steps')}").glob("*.png"))) == len(TEXTS)
 
 
-def test_metrics_without_their_model_say_what_is_missing(evaluation, tmp_path):
-    folder = tmp_path / "eval"
+@pytest.fixture(scope="module")
+def dino_alone(evaluation, tmp_path_factory):
+    """Held-out records, and one metric."""
+    folder = tmp_path_factory.mktemp("dino")
     shutil.copytree(evaluation / "target", folder / "target")
     make_dino(folder / "dino")
-    assert given(folder, tmp_path / "out") == 0
+    return folder
+
+
+def test_metrics_without_their_model_say_what_is_missing(whole, dino_alone, tmp_path):
+    shutil.copytree(whole / "work" / "runs", tmp_path / "out" / "work" / "runs")  # what is trained is not trained again
+    assert given(dino_alone, tmp_path / "out") == 0
+    assert not list((tmp_path / "out" / "work" / "logs").glob("*.train.log"))
     _, found = read_results(tmp_path / "out")
     missing = {row.variant: row for row in found if row.case == "metrics"}
     assert set(missing) == {"clip_score", "fid", "lpips", "probes"}
-    assert all(row.status == "failed" and str(folder) in row.note for row in missing.values())
+    assert all(row.status == "failed" and str(dino_alone) in row.note for row in missing.values())
     assert {row.metric for row in found if row.case.startswith("target@")} == {"dino_distance", "dino_distance_minus_start"}
     assert {row.value for row in found if row.metric == "claim"} == {0}
+
+
+def test_the_processes_are_those_that_a_user_starts(dino_alone, tmp_path, monkeypatch):
+    """Without forks: the trainer and what draws are programs of their own. What is marked as finished is left alone."""
+    monkeypatch.setattr(runs, "start", forked_plans.REAL)
+    subject = Given(str(tiny.shared("zimage")), str(data()), str(dino_alone), "cpu", "nano_full", settings())
+    plan = runs.Plan(tmp_path, subject, Budget(2, 1, False, 1, 1, 1, 1), workers=2)
+    (tmp_path / "drawn" / START).mkdir(parents=True)
+    (tmp_path / "drawn" / START / runs.FINISHED).touch()
+    sft = Arm("sft", "SFT", ("method.name=sft",))
+    plan.train_all([sft])
+    assert not plan.lost
+    ((rate, seed),) = plan.seeds(sft)
+    assert [row["step"] for row in rows(plan.run(sft, rate, seed))] == [1, 2] and rate == subject.known_rate(sft)
+    found = subject.read(plan.drawn(sft, rate, seed))
+    assert set(found) == {("target", subject.few), ("target", 32)} and found["target", 32].pictures == len(TEXTS)
+    assert sorted(log.name for log in (tmp_path / "logs").iterdir()) == ["sft-1e-05-0.pictures.log", "sft-1e-05-0.train.log"]
 
 
 @pytest.mark.parametrize(

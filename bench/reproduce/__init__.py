@@ -1,2 +1,2 @@
-"""The paper's comparison: `arms` are trained by `runs`, `pictures` draws with what they became, `resampling` puts intervals to
-the measures, `claims` and `table` say what they mean. `perceptual` and `probes` are the measures of real pictures."""
+"""The paper's comparison: `arms` are trained by `runs`, `embedded` and `given` draw with what they became and measure it
+(`perceptual`: real pictures), `resampling` puts intervals to the measures, `claims` says what they mean."""

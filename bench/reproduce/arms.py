@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 
 OURS, START = "dopsd", "start"
+DOMAINS = ("target", "original")
+MANY = 32
+"""Function evaluations of a picture whose time does not matter."""
 STEP_OF_RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 """A search of learning rates goes on along these while the best is at an end of what was tried."""
 LORA = ("adapter.kind=lora",)
@@ -62,7 +65,9 @@ ABLATIONS = (
     Arm("states_2", "K = 2", ("method.num_states=2",), OURS, curve=False, seeds=2),
     Arm("states_8", "K = 8", ("method.num_states=8",), OURS, curve=False, seeds=2),
 )
-NAMES = {arm.name: arm.says for arm in (Arm(START, "start"), *MAIN, *ABLATIONS)}
+BEFORE = Arm(START, "start")
+"""The pipeline as it is: nothing is trained."""
+NAMES = {arm.name: arm.says for arm in (BEFORE, *MAIN, *ABLATIONS)}
 
 
 @dataclass(frozen=True)
@@ -86,32 +91,16 @@ FULL = Budget(steps=128, seeds=3, search=True, captions=64, validation=64, curve
 BRIEF = Budget(steps=80, seeds=2, search=False, captions=48, validation=32, curve=32, points=4)
 
 
-def neighbour(rate: float, up: bool) -> float | None:
-    """The next rate of STEP_OF_RATES."""
-    place = min(range(len(STEP_OF_RATES)), key=lambda i: abs(STEP_OF_RATES[i] / rate - 1)) + (1 if up else -1)
-    return STEP_OF_RATES[place] if 0 <= place < len(STEP_OF_RATES) else None
+def ranked(scores: dict[float, float]) -> list[float]:
+    """The rates of finite scores, that of the best (lowest) first."""
+    return sorted((rate for rate in scores if math.isfinite(scores[rate])), key=lambda rate: scores[rate])
 
 
 def next_rate(scores: dict[float, float]) -> float | None:
-    """What a search tries next: beyond the end where the best (lowest) score is; None when it lies inside, or nothing is left.
-    A score that is not a number counts as the worst."""
-    best = best_rate(scores)
-    if best is None:
+    """What a search tries next: beyond the end where the best score is; None when it lies inside, or nothing is left."""
+    best = next(iter(ranked(scores)), None)
+    if best is None or min(scores) < best < max(scores):
         return None
-    if best == max(scores):
-        return neighbour(best, up=True)
-    if best == min(scores):
-        return neighbour(best, up=False)
-    return None
-
-
-def best_rate(scores: dict[float, float]) -> float | None:
-    """That of the lowest finite score; None: there is none."""
-    finite = {rate: score for rate, score in scores.items() if math.isfinite(score)}
-    return min(finite, key=lambda rate: finite[rate], default=None)
-
-
-def finalists(scores: dict[float, float]) -> list[float]:
-    """The two rates of the lowest finite scores, which a second seed decides between. Fewer: there is nothing to decide."""
-    finite = sorted((rate for rate in scores if math.isfinite(scores[rate])), key=lambda rate: scores[rate])
-    return finite[:2] if len(finite) > 1 else []
+    place = min(range(len(STEP_OF_RATES)), key=lambda i: abs(STEP_OF_RATES[i] / best - 1))
+    place += 1 if best == max(scores) else -1
+    return STEP_OF_RATES[place] if 0 <= place < len(STEP_OF_RATES) else None

@@ -1,13 +1,13 @@
 """`python -m bench.reproduce.eager RUN SETTING=VALUE ...`: the published step in plain PyTorch, on the trainer's records.
 
 Order, prompts, noise and learning rates are those that the trainer would use with these settings; everything else is
-`bench.references.reference_eager`: encoders in every step, K graphs, gradient checkpointing, torch's AdamW, and the average on
-the side.
-Full fine-tuning on one process. Not resumable: what is there without its last checkpoint is begun anew.
+`bench.references.reference_eager`. Full fine-tuning on one process. Not resumable: what is there without its last checkpoint
+is begun anew.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -20,21 +20,12 @@ import torch
 from safetensors.torch import save_file
 
 from bench.references.reference_eager import ReferenceEncoders, ReferenceStep
+from bench.reproduce.embedded import exit_code
 from dopsd_fast.data.epochs import epoch_batches, item_noise
 from dopsd_fast.data.images import load_image
 from dopsd_fast.data.records import read_records
-from dopsd_fast.errors import UserError
 from dopsd_fast.families.registry import open_family
 from dopsd_fast.settings.load import load_settings
-
-
-def main(argv: Sequence[str]) -> int:
-    try:
-        train(Path(argv[0]), argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def train(run: Path, words: Sequence[str]) -> None:
@@ -55,13 +46,9 @@ def train(run: Path, words: Sequence[str]) -> None:
         weight=s.method.weight, betas=s.train.betas, eps=s.train.eps, weight_decay=s.train.weight_decay,
         grad_clip=s.train.grad_clip, ema_decay=s.teacher.ema_decay, encoders=encoders,
     )
-    plan: tuple[int, list] = (-1, [])
+    epochs = (epoch_batches(data, n, s.train.seed, s.train.batch_size, s.data.prompt_keys) for n in itertools.count())
     with (run / "metrics.jsonl").open("w") as log:
-        for done in range(s.train.steps):
-            length = len(epoch_batches(data, 0, s.train.seed, s.train.batch_size, s.data.prompt_keys))
-            if plan[0] != done // length:
-                plan = done // length, epoch_batches(data, done // length, s.train.seed, s.train.batch_size, s.data.prompt_keys)
-            items = plan[1][done % length]
+        for done, items in zip(range(s.train.steps), itertools.chain.from_iterable(epochs)):
             for group in step.optimizer.param_groups:
                 group["lr"] = s.train.learning_rate * (1 + math.cos(math.pi * done / s.train.steps)) / 2
             started = time.perf_counter()
@@ -79,4 +66,4 @@ def train(run: Path, words: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(train, Path(sys.argv[1]), sys.argv[2:]))

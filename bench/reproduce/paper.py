@@ -25,38 +25,26 @@ CUSTOM: dict[str, tuple[float | None, ...]] = {
 }
 """LoRA, about four images a concept."""
 OURS_BESIDE = (
-    ("target@{few}_steps", "style_distance", "target: style distance"), ("target@{few}_steps", "patch_fd", "patch FD"),
-    ("target@32_steps", "patch_fd", "patch FD, 32 steps"), ("original@{few}_steps", "patch_fd", "original: patch FD"),
-    ("original@{few}_steps", "accuracy", "accuracy"),
+    ("target@4_steps", "style_distance", "target: style distance"), ("target@4_steps", "patch_fd", "patch FD"),
+    ("target@32_steps", "patch_fd", "patch FD, 32 steps"), ("original@4_steps", "patch_fd", "original: patch FD"),
+    ("original@4_steps", "accuracy", "accuracy"),
 )
 VERDICTS = {1: "supported", 0: "undecided", -1: "contradicted"}
 
 
-def rows() -> list[Row]:
-    note = "arXiv 2605.05204, second hand"
-    found = [
-        Row("reproduce", "paper", arm, f"paper_{name}", value, "", note=note)
-        for arm, values in FULL.items() for name, value in zip(COLUMNS, values)
-    ]
-    return found + [
-        Row("reproduce", "paper, 4 images", arm, f"paper_{name}", value, "", note=note)
-        for arm, values in CUSTOM.items() for name, value in zip(OF_CUSTOM, values) if value is not None
-    ]
-
-
 def markdown(
     found: Mapping[tuple[str, str, str, str], Row], arms: Sequence[str], paper: Mapping[str, Sequence[float | None]] = {},
-    columns: Sequence[str] = (), few: int = 4,
+    columns: Sequence[str] = (),
 ) -> list[str]:
     """A line for each arm that was measured: our columns, then `columns` of the `paper`'s table."""
     heads = [says for _, _, says in OURS_BESIDE] + ["paper: " * (i == 0) + HEADS[name] for i, name in enumerate(columns)]
     lines = []
     for arm in arms:
-        rows = [found.get(("reproduce", case.format(few=few), arm, metric)) for case, metric, _ in OURS_BESIDE]
+        rows = [found.get(("reproduce", case, arm, metric)) for case, metric, _ in OURS_BESIDE]
         if any(row is not None and row.value is not None for row in rows):
             beside = ["" if value is None else f"{value:g}" for value in paper.get(arm, [None] * len(columns))]
             lines.append(f"| {' | '.join([NAMES.get(arm, arm), *map(cell, rows), *beside])} |")
-    return [f"| {few} steps a picture unless said | {' | '.join(heads)} |", "| --- " * (1 + len(heads)) + "|", *lines]
+    return [f"| 4 steps a picture unless said | {' | '.join(heads)} |", "| --- " * (1 + len(heads)) + "|", *lines]
 
 
 def cell(row: Row | None) -> str:
@@ -67,9 +55,6 @@ def cell(row: Row | None) -> str:
 
 def verdicts(found: Sequence[Row]) -> list[str]:
     """A line a verdict: the claims that have it."""
-    lines = []
-    for value, says in VERDICTS.items():
-        named = [row.case for row in found if row.metric == "claim" and row.value == value and row.n]
-        if named:
-            lines.append(f"{says}: {', '.join(f'`{name}`' for name in named)}")
-    return lines
+    claims = [row for row in found if row.metric == "claim" and row.n]
+    named = {says: [f"`{row.case}`" for row in claims if row.value == value] for value, says in VERDICTS.items()}
+    return [f"{says}: {', '.join(names)}" for says, names in named.items() if names]

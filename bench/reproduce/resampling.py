@@ -8,7 +8,8 @@ scaled by measured / mean of the draws: drawn pictures repeat each other, which 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,19 +51,24 @@ class Moments:
         return (mean - self.mean).square().sum(1) + trace - 2 * cross
 
 
-@dataclass
-class Sample:
+class Sample(NamedTuple):
     """What one trained model's pictures of one domain measure. `values`: numbers of each picture [P], averaged; `ratios`: pairs
     [P, 2] of which the sums are divided; `frechet`: by name; `fixed`: numbers of the whole set, which prompts do not move."""
 
-    values: Mapping[str, np.ndarray] = field(default_factory=dict)
-    ratios: Mapping[str, np.ndarray] = field(default_factory=dict)
-    frechet: Mapping[str, Moments] = field(default_factory=dict)
-    fixed: Mapping[str, float] = field(default_factory=dict)
+    values: Mapping[str, np.ndarray] = {}
+    ratios: Mapping[str, np.ndarray] = {}
+    frechet: Mapping[str, Moments] = {}
+    fixed: Mapping[str, float] = {}
 
     @property
     def metrics(self) -> list[str]:
         return [*self.frechet, *self.ratios, *self.values, *self.fixed]
+
+    @property
+    def pictures(self) -> int:
+        """0: all numbers are of the whole set."""
+        each: list[Any] = [*self.values.values(), *self.ratios.values(), *(one.count for one in self.frechet.values())]
+        return len(each[0]) if each else 0
 
     def under(self, metric: str, weights: Tensor) -> np.ndarray:
         """The metric [B] for weights [B, P] of the pictures."""
@@ -83,23 +89,18 @@ class Draws:
         self.samples, self.count, self.seed = samples, count, seed
         self._values: dict[tuple[Key, str], np.ndarray] = {}
 
-    def __contains__(self, key: Key) -> bool:
-        return key in self.samples
-
     def values(self, key: Key, metric: str) -> np.ndarray:
-        """[1 + count]: the mean over seeds as measured, then under each draw."""
+        """[1 + count]: the mean over seeds as measured, then under each draw. KeyError: nothing was measured there."""
+        if key not in self.samples:
+            raise KeyError("{} on {} at {} steps".format(*key))
         if (key, metric) not in self._values:
             self._values[key, metric] = self._drawn(key, metric)
         return self._values[key, metric]
 
-    def seeds(self, key: Key, metric: str) -> list[float]:
-        """The metric of each seed, over all prompts."""
-        return [float(one.under(metric, torch.ones(1, size(one), dtype=torch.float64))[0]) for one in self.samples[key]]
-
     def _drawn(self, key: Key, metric: str) -> np.ndarray:
         arm, domain, _ = key
         samples = self.samples[key]
-        pictures = size(samples[0])
+        pictures = samples[0].pictures
         prompts = np.random.default_rng([self.seed, *domain.encode()])
         counts = np.zeros((self.count, 0))
         if pictures:
@@ -111,15 +112,6 @@ class Draws:
         drawn = np.random.default_rng([self.seed, 1, *arm.encode()]).integers(len(samples), size=(self.count, len(samples)))
         rest = np.take_along_axis(each[:, 1:], drawn.T, axis=0).mean(0)
         return np.concatenate([each[:, :1].mean(0), rest])
-
-
-def size(sample: Sample) -> int:
-    for found in (sample.values, sample.ratios):
-        for value in found.values():
-            return len(value)
-    for moments in sample.frechet.values():
-        return len(moments.count)
-    return 0
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
