@@ -1,4 +1,4 @@
-"""Whole-model gathers and reductions of a training step, counted on 2 and 4 CPU ranks, and the counter itself."""
+"""Whole-model gathers and reductions of a training step, counted on 2 and 3 CPU ranks, and the counter itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests import tiny
 
 SWEEP, STEP, UNIT = (Arrangement(f"full/{gather}", gather=gather) for gather in ("sweep", "step", "unit"))
 STAGE_2, LORA, PLAIN = Arrangement("full/stage2", stage=2), Arrangement("lora", "lora"), Arrangement("full", plain=True)
-RUN = {2: [SWEEP, STEP, UNIT, STAGE_2, LORA, PLAIN], 4: [SWEEP, STEP, LORA, PLAIN]}
+RUN = {2: [SWEEP, STEP, UNIT, STAGE_2, LORA, PLAIN], 3: [SWEEP, STEP, LORA, PLAIN]}
 WORLDS = pytest.mark.parametrize("world", RUN)
 ALL = [pytest.param(one, world, id=f"{one.case}-{one.variant}-{world}") for world, made in RUN.items() for one in made]
 
@@ -31,7 +31,7 @@ def results() -> dict[tuple[int, Arrangement], dict[str, Any]]:
     ours = [one for one in RUN[2] if one != PLAIN]
     model = str(tiny.shared("zimage"))
     jobs = [Job(2, ours, model, counted=2, timed=0), Job(2, [PLAIN], model, counted=1, timed=0)]
-    jobs.append(Job(4, RUN[4], model, counted=1, timed=0))
+    jobs.append(Job(3, RUN[3], model, counted=1, timed=0))
     jobs.append(Job(2, [STEP], model, counted=0, timed=0, call=tamper))
     return {(job.world if job.counted else 0, one): result
             for job, several in zip(jobs, launch("cpu", jobs)) for one, result in zip(job.arrangements, several)}
@@ -53,7 +53,7 @@ def test_what_ended_a_rank_is_said_the_others_end_and_the_next_job_begins():
     jobs = [Job(2, [STEP], str(tiny.shared("zimage")), 0, 0, call) for call in (without_memory, killed)]
     began = time.monotonic()
     errors = list(launch("cpu", jobs))
-    assert time.monotonic() - began < 60 and all(isinstance(error, RankFailed) for error in errors)
+    assert time.monotonic() - began < 90 and all(isinstance(error, RankFailed) for error in errors)
     assert list(map(str, errors)) == ["rank 1: MemoryError: no more", "rank 1: process 1 terminated with signal SIGKILL"]
 
 

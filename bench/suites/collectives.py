@@ -108,7 +108,7 @@ class Collectives(TorchDispatchMode):
             raise Unaccounted(f"{self._problems[0]} ({len(self._problems)} such)")
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace == "c10d":
+        if function.name().startswith("c10d::"):
             group = next(one for one in args if isinstance(one, torch.ScriptObject))  # a reduction's operator comes after it
             if torch.distributed.ProcessGroup.unbox(group).size() > 1:
                 self._note(function.overloadpacket.__name__, args)

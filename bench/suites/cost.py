@@ -170,9 +170,9 @@ def metrics(trace: Trace, size: Size) -> list[tuple[str, float, str]]:
 
 
 def reference_metrics(kind: str, size: Size) -> list[tuple[str, float, str]]:
-    """Of the published step; what recomputation would distort is from one state without it, of two blocks that are alike."""
-    few = Size(2, 1)
-    kept = {name: value for name, value, _ in metrics(trace_reference(kind, few, checkpointing=False), few)}
+    """Of the published step; what recomputation would distort is from one state without it."""
+    one = Size(size.layers, 1)
+    kept = {name: value for name, value, _ in metrics(trace_reference(kind, one, checkpointing=False), one)}
     same = {name for name in kept if name.startswith(("elementwise", "saved"))}
     whole = metrics(trace_reference(kind, size, checkpointing=True), size)
     return [(name, kept[name] if name in same else value, unit) for name, value, unit in whole]

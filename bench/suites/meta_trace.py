@@ -109,9 +109,9 @@ class Trace(TorchDispatchMode):
         if function is aten._local_scalar_dense.default and args[0].is_meta:
             return 0.0
         out = function(*args, **kwargs)
-        cost = cost_of(function, args, kwargs, out)
+        place, cost = self._place(), cost_of(function, args, kwargs, out)
         if cost != Cost():
-            self.costs[*self._place(), function.overloadpacket._qualified_op_name] += cost
+            self.costs[*place, function.overloadpacket._qualified_op_name] += cost
         return out
 
     def _place(self) -> tuple[str, str]:

@@ -42,6 +42,7 @@ from unittest import mock
 
 import torch
 from torch import multiprocessing
+from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from bench.clock import summary, synchronize
 from bench.forks import free_port, rank_environment
@@ -279,10 +280,10 @@ def launch(device: str, jobs: Sequence[Job]) -> Iterator[list[dict[str, Any]] | 
         say(f"zero: {', '.join(one.case + ', plain' * one.plain for one in job.arrangements)}, {job.world} ranks")
         with tempfile.TemporaryDirectory(prefix="bench-zero-") as folder, mock.patch.dict(os.environ, environment):
             try:
-                multiprocessing.start_processes(  # daemons, so that they end with this process
+                start_processes(  # daemons, so that they end with this process
                     rank, (job, folder, free_port()), job.world, daemon=True,
                     start_method="forkserver" if device == "cpu" else "spawn")
-            except multiprocessing.ProcessException as error:
+            except ProcessException as error:
                 lines = takewhile(lambda line: not line.startswith(" "), reversed(str(error).strip().splitlines()))
                 found: Any = RankFailed(f"rank {error.error_index}: {' '.join([*lines][::-1])}")
             else:
