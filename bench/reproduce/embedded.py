@@ -1,4 +1,4 @@
-"""The comparison on the embedded pipeline; `python -m bench.reproduce.embedded JOB.json` draws with what a run has become.
+"""`python -m bench.reproduce.embedded JOB.json` draws with what a run on the embedded pipeline has become.
 
 Pictures come from `dopsd_fast.nano.report.sample`: the family's grid, noise that depends on the caption's place alone, 8 bits a
 channel. What is read of them is the renderer's and the judge's; the trained model has no say.

@@ -1,4 +1,4 @@
-"""The comparison on a user's own model; `python -m bench.reproduce.given JOB.json` draws with what a run has become.
+"""`python -m bench.reproduce.given JOB.json` draws with what a run on a user's own model has become, and measures.
 
 The evaluation folder holds, beside the models of `bench.reproduce.perceptual`,
 
