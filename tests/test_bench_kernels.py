@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench import harness
 from bench.machine import Ceilings
 from bench.models import Model
 from bench.results import Options, Row, merged
@@ -32,6 +33,12 @@ def keys(rows: Iterable[Row]) -> dict[tuple[str, str, str], Row]:
 
 def build(name: str, device: torch.device = CPU, dtype: torch.dtype = torch.float32, size: ops.Size = SIZE) -> ops.Op:
     return ops.OPS[name](ops.Draw(size, device, dtype))
+
+
+@pytest.fixture(autouse=True)
+def no_garbage(monkeypatch):
+    """To search a whole test process for garbage before each variant takes longer than all that is measured here."""
+    monkeypatch.setattr(harness, "free", lambda device: None)
 
 
 # ---- work ------------------------------------------------------------------------------------------------------------
