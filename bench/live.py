@@ -11,13 +11,11 @@ line is printed to stderr now and then. Nothing is drawn while something is time
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
@@ -26,8 +24,6 @@ from bench.results import Row, merged
 REDRAWN, PRINTED, WRITTEN = 0.2, 15.0, 1.0
 """Seconds between two drawings of a terminal's line, two printed lines where there is no terminal, and two writings of all
 rows, unless something begins that may take long."""
-PASSED_ON = "bench.live "
-"""How a line begins by which a process tells the one that started it. The rest is JSON: what it tells, and its arguments."""
 
 
 class Live:
@@ -77,21 +73,7 @@ class Live:
             self.line.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
 
 
-class Telling:
-    """Stands for `Live` in a process that `forks.apart` started: passes on what it is told."""
-
-    def say(self, text: str) -> None:
-        print(PASSED_ON + json.dumps(["say", text]), flush=True)
-
-    def tick(self, *given: Any) -> None:
-        print(PASSED_ON + json.dumps(["tick", *given]), flush=True)
-
-    def found(self, value: Any) -> None:
-        """A row, or anything else that JSON can hold."""
-        print(PASSED_ON + json.dumps(["found", value], default=asdict), flush=True)
-
-
-_live: Live | Telling | None = None
+_live: Live | None = None
 
 
 @contextmanager
@@ -121,24 +103,6 @@ def stop_at_sigterm() -> Any:
     with suppress(ValueError):  # not in the main thread, as in some tests
         return signal.signal(signal.SIGTERM, signal.default_int_handler)
     return signal.SIG_DFL
-
-
-def tell_parent() -> Telling:
-    """From now on `say` and `tick` of this process are those of the process that started it."""
-    global _live
-    stop_at_sigterm()
-    _live = Telling()
-    return _live
-
-
-def passed_on(line: str) -> Any:
-    """Does what a line of a child says; the value that it found, None for any other line."""
-    if not line.startswith(PASSED_ON):
-        return None
-    what, *given = json.loads(line.removeprefix(PASSED_ON))
-    if what == "found":
-        return given[0]
-    return say(*given) if what == "say" else tick(*given)
 
 
 def say(text: str) -> None:

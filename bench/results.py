@@ -6,15 +6,15 @@ import csv
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import torch
 
 from dopsd_fast.errors import UserError
+from dopsd_fast.storage.atomic import replacing, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE, TABLE = "results.json", "results.csv"
@@ -113,24 +113,15 @@ def check(rows: Sequence[Row]) -> None:
             raise ValueError(f"row {' '.join(row.key)}: a number is missing or not finite")
 
 
-@contextmanager
-def whole(file: Path) -> Iterator[TextIO]:
-    """What is written inside becomes `file` at the end, whole or not at all."""
-    part = file.with_suffix(f"{file.suffix}.part")
-    with part.open("w", newline="", encoding="utf-8") as stream:
-        yield stream
-    part.replace(file)
-
-
 def write_results(folder: Path, facts: Mapping[str, Any], rows: Iterable[Row]) -> Path:
     """`{"environment": {...}, "rows": [...]}` in `folder`/results.json and the rows in results.csv. ValueError as `check`."""
     rows = list(rows)
     check(rows)
     folder.mkdir(parents=True, exist_ok=True)
     content = [asdict(row) for row in rows]
-    with whole(folder / FILE) as stream:
-        stream.write(json.dumps({"environment": dict(facts), "rows": content}, indent=1, allow_nan=False) + "\n")
-    with whole(folder / TABLE) as stream:
+    text = json.dumps({"environment": dict(facts), "rows": content}, indent=1, allow_nan=False)
+    write_text(folder / FILE, text + "\n", flush=False)
+    with replacing(folder / TABLE, flush=False) as part, part.open("w", newline="", encoding="utf-8") as stream:
         table = csv.DictWriter(stream, [field.name for field in fields(Row)])
         table.writeheader()
         table.writerows(content)

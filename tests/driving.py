@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from bench.forks import free_port
+from bench.processes import free_port
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]

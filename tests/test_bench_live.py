@@ -1,7 +1,6 @@
 """What a benchmark shows while it measures, and that its rows are on the disk whatever ends it."""
 
 import io
-import json
 import os
 import re
 import signal
@@ -183,20 +182,3 @@ def test_what_is_measured_is_on_the_disk_when_it_is_stopped(number, tmp_path):
         assert process.returncode == -number
     else:
         assert process.returncode == 130 and "what is finished has been written" in err
-
-
-def test_a_child_passes_on_what_it_does_and_finds(tmp_path, capsys, monkeypatch):
-    told: list[tuple] = []
-    monkeypatch.setattr(live, "say", lambda *given: told.append(given))
-    monkeypatch.setattr(live, "tick", lambda *given: told.append(given))
-    monkeypatch.setattr(live, "_live", None)
-    before = signal.getsignal(signal.SIGTERM)
-    parent = live.tell_parent()
-    signal.signal(signal.SIGTERM, before)
-    parent.say("memory: lora, R1")
-    parent.tick("ours", "round 1 of 2", None)
-    parent.found(row())
-    print("of a library")
-    said = capsys.readouterr().out.splitlines()
-    assert [live.passed_on(line) for line in said] == [None, None, json.loads(json.dumps(vars(row()))), None]
-    assert told == [("memory: lora, R1",), ("ours", "round 1 of 2", None)]

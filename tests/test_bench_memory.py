@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import forks
 from bench.models import Model
 from bench.results import Options, Row
 from bench.suites import memory, room
@@ -178,13 +177,3 @@ def test_a_plan_without_what_the_process_takes(name, device, own):
     machine = Machine(1, 1, None, None, device.type)
     whole = make_plan(step.settings("recompute"), machine, step.model.family, step.shapes).device_peak
     assert step.planned("recompute") == whole - own
-
-
-# ---- processes -------------------------------------------------------------------------------------------------------
-
-
-def test_a_process_that_fails_says_why(tmp_path):
-    """With the last error that it wrote."""
-    assert list(forks.apart("json:loads", ["{}"], tmp_path / "log", {})) == []
-    with pytest.raises(forks.ChildFailed, match="its process ended with 1: json.decoder.JSONDecodeError: Expecting"):
-        list(forks.apart("json:loads", ["{"], tmp_path / "log", {}))

@@ -11,11 +11,11 @@ import functools
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +153,11 @@ def measured_peak(case: dict[str, Any], layers: int) -> int:
     return peak
 
 
-def rank_of(ranks: int, folder: Path) -> None:
+def rank_of(environment: dict[str, str], ranks: int, folder: Path) -> None:
     """One rank: measures all cases for so many."""
     from dopsd_fast.distributed.process_group import init_distributed
 
+    os.environ.update(environment)
     rank = init_distributed().rank
     for case in WARM:  # pages of the libraries are not in a fork's memory until it touches them
         measured_peak(case, 1)
@@ -169,7 +170,7 @@ def main(folder: Path) -> int:
     """Every rank is a fork of this process, which has the libraries loaded. The number of ranks that failed."""
     for library in ("deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2", "peft"):
         importlib.import_module(library)
-    from bench.forks import fork, free_port, rank_environment, wait
+    from bench.processes import free_port, rank_environment
     from dopsd_fast.distributed.process_group import init_distributed
     from tests.zygote import leave_group
 
@@ -181,11 +182,16 @@ def main(folder: Path) -> int:
     leave_group()
     gc.collect()
     gc.freeze()  # ZeRO-3 collects garbage at every start
-    failed = 0
+    failed, forked = 0, multiprocessing.get_context("fork")
     for ranks in CASES:
         port = free_port()
-        children = [fork(partial(rank_of, ranks, folder), rank_environment(rank, ranks, port)) for rank in range(ranks)]
-        failed += sum(code != 0 for code in wait(children, 600))
+        given = [(rank_environment(rank, ranks, port), ranks, folder) for rank in range(ranks)]
+        children = [forked.Process(target=rank_of, args=one, daemon=True) for one in given]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(600)
+        failed += sum(child.exitcode != 0 for child in children)
     return failed
 
 

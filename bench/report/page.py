@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.report.tables import grids, notes, read, took
-from bench.results import read_results, whole
+from bench.results import read_results
+from dopsd_fast.storage.atomic import write_text
 
 FILE, TEMPLATE, PLOTS = "report.html", "report.html.j2", "plots"
 COLUMNS = 130
@@ -32,11 +33,10 @@ def write_report(folder: Path) -> Path:
         loader=FileSystemLoader(Path(__file__).resolve().parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )
-    with whole(folder / FILE) as stream:
-        stream.write(environment.get_template(TEMPLATE).render(
-            facts=facts, subject=f"{facts.get('model')} on {device(facts)}", sections=sections, rows=rows, read=read,
-            pictures={path.stem: base64.b64encode(path.read_bytes()).decode() for path in pictures},
-        ))
+    write_text(folder / FILE, environment.get_template(TEMPLATE).render(
+        facts=facts, subject=f"{facts.get('model')} on {device(facts)}", sections=sections, rows=rows, read=read,
+        pictures={path.stem: base64.b64encode(path.read_bytes()).decode() for path in pictures},
+    ), flush=False)
     return folder / FILE
 
 

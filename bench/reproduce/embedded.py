@@ -31,7 +31,7 @@ from dopsd_fast.nano import judge as judging
 from dopsd_fast.nano.check import figures
 from dopsd_fast.nano.measure import ground_distances, patches, to_pictures
 from dopsd_fast.settings.load import load_settings
-from dopsd_fast.storage.atomic import atomic_folder, replace, write_text
+from dopsd_fast.storage.atomic import atomic_folder, write_text
 
 FEW = 4
 TEST_SEED, VALIDATION_SEED = 31_000, 17_000
@@ -127,10 +127,8 @@ def draw(run: str, out: str, captions: int, validation: int, curve: int) -> None
         places = [(domain, steps) for domain in DOMAINS for steps in (FEW, MANY)]
         drawn = {f"{d}@{steps}": drawer.pictures(student, d, steps, captions, TEST_SEED) for d, steps in places}
         kept = {place: ((one + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy() for place, one in drawn.items()}
-        part = Path(out, f"{KEPT}.part")
-        with part.open("wb") as stream:
+        with replacing(Path(out, KEPT)) as part, part.open("wb") as stream:
             np.savez_compressed(stream, **kept)  # type: ignore[arg-type]
-        replace(part, Path(out, KEPT))
 
 
 class Drawer:

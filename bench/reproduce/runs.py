@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.forks import last_error, rank_environment
 from bench.live import say
 from bench.machine import commit
+from bench.processes import last_error, rank_environment
 from bench.reproduce.arms import BEFORE, START, Arm, Budget, next_rate, ranked
 from bench.reproduce.embedded import VALIDATION, Embedded
 from bench.reproduce.given import Given

@@ -2,14 +2,13 @@
 
 Ours is what dopsd_fast.plan says, activations kept. A peer in bf16 holds 2 bytes a parameter and 14 a trained one, R1 both
 encoders too; for a time it has the inputs of all blocks for each of K graphs and one block's values, R4 the values of all
-blocks; the exact gradient's step is checkpointed, in fp32. Of several, each takes its step while the others wait. What does
-not fit after all is a row of status "failed". A CPU's memory is taken to suffice.
+blocks; of two, each takes its step while the other waits. What does not fit after all is a row of status "failed". A CPU's
+memory is taken to suffice.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ class Room:
     """Of one configuration. layers: the depth that it is measured at, None for the model's own; masters: how ours keeps its.
     Sizes are the bytes that a step holds, and those that it takes beside them for a time."""
 
-    def __init__(self, kind: str, work: Any, peers: Sequence[str]) -> None:
+    def __init__(self, kind: str, work: Any) -> None:
         self.kind, self.work, self.config = kind, work, work.model.config
         self.layers, self.masters, self.bytes, self.ours = work.cell.layers, "fp32", float("inf"), (0.0, 0.0)
         if work.model.device.type == "cuda":
@@ -38,7 +37,6 @@ class Room:
             tries += [(depth, "fp32") for depth in range(whole - 2, 0, -2) if free]
             depth, self.masters = next((one for one in tries if sum(self.planned(*one)) <= self.bytes), tries[0])
             self.layers, self.ours = self.layers if depth == whole else depth, self.planned(depth, self.masters)
-        self.all_together = self.beside_ours(*peers)
 
     def planned(self, layers: int, masters: str) -> tuple[float, float]:
         """Of ours. It follows from 2 layers and all: the plan is convex in the depth, so what lies between is not more."""
@@ -63,11 +61,6 @@ class Room:
         values = EAGER[self.kind] * blocks if name == "R4" else work.states * blocks + EAGER[self.kind]
         return held, 2.0 * tokens * config["dim"] * values
 
-    def beside_ours(self, *peers: str) -> bool:
-        held, taken = zip(self.ours, *map(self.peer, peers))
+    def beside_ours(self, name: str) -> bool:
+        held, taken = zip(self.ours, self.peer(name))
         return sum(held) + max(taken) <= self.bytes
-
-    @property
-    def exact_fits(self) -> bool:
-        held = 16 * self.work.parameters if self.kind == "full" else 4 * self.work.parameters + 24 * self.work.trained("lora")
-        return held + 2 * self.peer("R2")[1] <= self.bytes

@@ -47,7 +47,7 @@ class Step(Measurement):
 
     def workload(self) -> Workload:
         work = super().workload()
-        self.room = room.Room(self.kind, work, self.peers)
+        self.room = room.Room(self.kind, work)
         if self.room.layers != self.cell.layers:
             self.cell = replace(self.cell, layers=self.room.layers)
             return self.workload()

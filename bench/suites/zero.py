@@ -45,9 +45,9 @@ from torch import multiprocessing
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from bench.clock import summary, synchronize
-from bench.forks import free_port, rank_environment
 from bench.live import say
 from bench.models import Model
+from bench.processes import free_port, rank_environment
 from bench.references.plain_zero import LIKE_A_LARGE_MODEL, PlainZero
 from bench.references.reference_eager import Adapter, Condition
 from bench.results import Options, Row, failed
