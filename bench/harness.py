@@ -34,16 +34,15 @@ Exact = Mapping[str, tuple[float, str]]
 
 
 class Contest:
-    """Variants of one case. `notes`: what each fell back to, in one line, empty: nothing; shared by the cases that have the
-    same programs. `seconds`, `ratio`: the metrics of a time and of a peer's over ours. `peers`: whom ours is compared with,
-    beside R1 ... R4. `remarks`: what else is said of a variant's time."""
+    """Variants of one case. `notes`: what each fell back to, in one line, empty: nothing. `seconds`, `ratio`: the metrics of a
+    time and of a peer's over ours. `peers`: whom ours is compared with, beside R1 ... R4. `remarks`: what else is said of a
+    variant's time."""
 
     def __init__(
-        self, suite: str, case: str, options: Options, seconds: str = "seconds_per_step", ratio: str = "speedup",
-        notes: dict[str, str] | None = None,
+        self, suite: str, case: str, options: Options, seconds: str = "seconds_per_step", ratio: str = "speedup"
     ) -> None:
         self.suite, self.case, self.options, self.seconds, self.ratio = suite, case, options, seconds, ratio
-        self.notes = {} if notes is None else notes
+        self.notes: dict[str, str] = {}
         self.alive: dict[str, Any] = {}
         self.peers: Sequence[str] = ()
         self.remarks: dict[str, str] = {}
@@ -189,15 +188,13 @@ def relative(value: Tensor, true: Tensor) -> float:
     return float((value.double() - true.double()).norm() / true.double().norm())
 
 
-def compare(gradients: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> tuple[float, float]:
-    """(1 - cosine, relative error) of the whole gradient against the exact one; a tensor without gradient counts as zero."""
-    sums = torch.zeros(4, dtype=torch.float64)
+def gradient_error(gradients: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
+    """|g - g*| / |g*| of the whole gradient g against the exact g*, in the 2-norm; a tensor without gradient counts as zero.
+    nan where either is all zero, which no step makes."""
+    ours, whole, apart = 0.0, 0.0, 0.0
     for name, true in exact.items():
         value = (gradients[name] if name in gradients else torch.zeros_like(true)).double()
         true = true.to(value.device).double()
-        parts = [(value * true).sum(), value.square().sum(), true.square().sum(), (value - true).square().sum()]
-        sums += torch.stack(parts).cpu()
-    dot, squares, exact_squares, difference = sums.tolist()
-    if not squares or not exact_squares:
-        return math.nan, math.nan
-    return 1.0 - dot / (squares * exact_squares) ** 0.5, (difference / exact_squares) ** 0.5
+        ours, whole = ours + float(value.square().sum()), whole + float(true.square().sum())
+        apart += float((value - true).square().sum())
+    return (apart / whole) ** 0.5 if ours and whole else math.nan

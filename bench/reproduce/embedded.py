@@ -31,7 +31,7 @@ from dopsd_fast.nano import judge as judging
 from dopsd_fast.nano.check import figures
 from dopsd_fast.nano.measure import ground_distances, patches, to_pictures
 from dopsd_fast.settings.load import load_settings
-from dopsd_fast.storage.atomic import atomic_folder, write_text
+from dopsd_fast.storage.atomic import atomic_folder, replacing, write_text
 
 FEW = 4
 TEST_SEED, VALIDATION_SEED = 31_000, 17_000

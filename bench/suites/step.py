@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import Exact, Seconds, compare, exact_note
+from bench.harness import Exact, Seconds, exact_note, gradient_error
 from bench.machine import ceilings
 from bench.results import Options, Row
 from bench.suites import room
@@ -84,7 +84,7 @@ class Step(Measurement):
         errors, device = {}, self.options.device
         if self.exact:
             one.backward()
-            errors[self.error] = compare(one.gradients(), self.exact)[1], exact_note(self.work.model.dtype)
+            errors[self.error] = gradient_error(one.gradients(), self.exact), exact_note(self.work.model.dtype)
             one.clear()
         one.step()
         if device.type == "cuda":
