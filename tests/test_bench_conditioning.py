@@ -9,7 +9,7 @@ import torch
 from bench.models import Model
 from bench.references import random_encoders
 from bench.references.random_encoders import RandomEncoders
-from bench.results import Options
+from bench.results import Options, merged
 from bench.suites import conditioning
 from dopsd_fast.conditioning.cache import ContextCache
 from tests import tiny
@@ -97,10 +97,9 @@ def test_differences():
 
 
 def measured(name: str) -> dict:
-    rows = list(conditioning.measure(Options(name, CPU, quick=True, threads=1)))
-    found = {row.key[1:]: row for row in rows}
-    assert len(found) == len(rows) and {row.suite for row in rows} == {"conditioning"}
-    return found
+    rows = merged(conditioning.measure(Options(name, CPU, quick=True, threads=1)))
+    assert {row.suite for row in rows} == {"conditioning"}
+    return {row.key[1:]: row for row in rows}
 
 
 @pytest.mark.parametrize("name", ["zimage-small", "folder"])

@@ -145,7 +145,8 @@ def test_a_timing_that_is_stopped_leaves_its_finished_rounds(monkeypatch):
 
 
 def test_a_fallback_is_one_of_the_ratio_too():
-    contest = harness.Contest("step", "lora{}", Options("nano", torch.device("cpu"), threads=1), notes={"R4": "not compiled"})
+    contest = harness.Contest("step", "lora{}", Options("nano", torch.device("cpu"), threads=1))
+    contest.notes["R4"] = "not compiled"
     rows = list(contest.speeds({"ours": [1.0, 1.0], "R4": [2.0, 2.0]}, {"states_per_second": ("1/s", 8.0)}))
     assert [(one.case, one.variant, one.value, one.status, one.note) for one in rows] == [
         ("lora", "ours", 1.0, "ok", ""), ("lora", "ours", 8.0, "ok", ""),

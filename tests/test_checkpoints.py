@@ -359,28 +359,6 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkey
     assert order[:2] == [("settings.toml.part", 10), "settings.toml.part"] and order[2][0] == tmp_path.name and len(order) == 3
 
 
-def test_a_folder_is_on_the_disk_before_it_takes_the_place_of_the_last_one(tmp_path: Path, monkeypatch) -> None:
-    """An export or a converted pipeline: its files first, then its name, then the folder around it."""
-    order: list[Any] = []
-    rename = Path.rename
-
-    def seen(what: Any) -> None:
-        order.append((what, sorted(file.name for file in tmp_path.iterdir())))
-
-    monkeypatch.setattr(atomic, "_sync_file_system", lambda folder: seen(("files", (folder / "weights").read_text())))
-    monkeypatch.setattr(atomic, "sync_folder", lambda folder: seen(("name", folder)))
-    monkeypatch.setattr(Path, "rename", lambda old, new: rename(old, new) and seen(new.name))
-    for text in ("one", "two"):
-        order.clear()
-        with atomic.atomic_folder(tmp_path / "export") as folder:
-            (folder / "weights").write_text(text)
-    assert order == [
-        (("files", "two"), ["export", "export.tmp"]), ("export.old", ["export.old", "export.tmp"]),
-        ("export", ["export", "export.old"]), (("name", tmp_path), ["export", "export.old"]),
-    ]
-    assert (tmp_path / "export" / "weights").read_text() == "two" and not (tmp_path / "export.old").exists()
-
-
 def test_two_runs_save_the_same_step(tmp_path: Path, monkeypatch) -> None:
     """The second begins and ends while the first is writing: the first says that it could not, the second's is whole."""
     first, second = Engine(300), Engine(301)

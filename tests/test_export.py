@@ -7,6 +7,7 @@ import shutil
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from dopsd_fast.errors import UserError
 from dopsd_fast.families.registry import open_family
 from dopsd_fast.run import verify_export
 from dopsd_fast.settings.schema import ConditioningSettings
-from dopsd_fast.storage import pipeline, safetensors_layout
+from dopsd_fast.storage import atomic, pipeline, safetensors_layout
 from dopsd_fast.storage.lora import export_lora
 from dopsd_fast.storage.pipeline import export_full
 from tests.tiny import make_zimage, shared
@@ -406,3 +407,25 @@ def test_lora_state_with_adapter_names(lora, tmp_path):
     with pytest.raises(ValueError, match="more than one adapter"):
         export_lora(family.pipeline_class, doubled, config, tmp_path / "export")
     assert content(folder) == content(tmp_path / "export")
+
+
+def test_a_folder_is_on_the_disk_before_it_takes_the_place_of_the_last_one(tmp_path: Path, monkeypatch) -> None:
+    """An export or a converted pipeline: its files first, then its name, then the folder around it."""
+    order: list[Any] = []
+    rename = Path.rename
+
+    def seen(what: Any) -> None:
+        order.append((what, sorted(file.name for file in tmp_path.iterdir())))
+
+    monkeypatch.setattr(atomic, "_sync_file_system", lambda folder: seen(("files", (folder / "weights").read_text())))
+    monkeypatch.setattr(atomic, "sync_folder", lambda folder: seen(("name", folder)))
+    monkeypatch.setattr(Path, "rename", lambda old, new: rename(old, new) and seen(new.name))
+    for text in ("one", "two"):
+        order.clear()
+        with atomic.atomic_folder(tmp_path / "export") as folder:
+            (folder / "weights").write_text(text)
+    assert order == [
+        (("files", "two"), ["export", "export.tmp"]), ("export.old", ["export.old", "export.tmp"]),
+        ("export", ["export", "export.old"]), (("name", tmp_path), ["export", "export.old"]),
+    ]
+    assert (tmp_path / "export" / "weights").read_text() == "two" and not (tmp_path / "export.old").exists()
