@@ -24,7 +24,7 @@ from bench.suites import reproduce
 from tests import forked_plans, tiny
 from tests.driving import data, rows, start, words
 
-SMALL = Budget(steps=50, seeds=1, search=False, captions=12, validation=8, curve=8, points=2)
+SMALL = Budget(steps=50, seeds=1, search=False, captions=10, validation=8, curve=4, points=2)
 MORE = tuple(
     arm if arm.name == "sft" else replace(arm, words=(*arm.words, "train.batch_size=4"))
     for arm in (*MAIN, *ABLATIONS) if arm.name in ("sft", "pso", OURS, "live_teacher", "frozen_teacher")
