@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -242,7 +243,7 @@ def test_room_for_z_image(monkeypatch, gigabytes, kind, cell, layers, masters, b
     """The published model has 6,154,908,736 parameters, LoRA of rank 64 158.8 M (LOG.md)."""
     monkeypatch.setattr(Model, "noise", lambda *_: torch.empty(0))
     monkeypatch.setattr(Model, "features", lambda self, batch, *_: [torch.empty(0)] * batch)
-    monkeypatch.setattr(room.Room, "_total", lambda _: int(gigabytes * 1e9))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=int(gigabytes * 1e9)))
     work = Workload(Options("zimage-turbo", torch.device("cuda")), cell)
     assert work.parameters == 6_154_908_736 and work.trained("lora") == pytest.approx(158.8e6, rel=1e-3)
     fits = room.Room(kind, work)
