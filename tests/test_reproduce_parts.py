@@ -343,10 +343,10 @@ def test_a_plan_that_is_stopped_ends_its_processes(tmp_path):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    before, thread = live.stop_at(signal.SIGTERM), threading.Thread(target=stop)
+    before, thread = live.stop_at_sigterm(), threading.Thread(target=stop)
     try:
         thread.start()
-        with pytest.raises(live.Stopped):
+        with pytest.raises(KeyboardInterrupt):
             sleeps = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
             asyncio.run(plan._process(["-c", sleeps], "x.train"))
     finally:
