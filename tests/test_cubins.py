@@ -1,12 +1,6 @@
-"""Every Triton kernel, compiled for GPUs that are not here: no error, no spill, none forgotten.
-
-Every case for three of the five targets: the three ways in which Triton compiles a product (`mma` of Ada, `wgmma`, `tcgen05`).
-The other two compile like Ada, with as much shared memory; what is their own is the assembler's share. For them a kernel is
-compiled in its first case and its last. `python -m dopsd_kernels.cubins` compiles every case for every target.
-"""
+"""Every Triton kernel, compiled for GPUs that are not here: no error, no spill, none forgotten."""
 
 import ast
-import json
 import os
 import subprocess
 import sys
@@ -15,49 +9,20 @@ from pathlib import Path
 import pytest
 
 from dopsd_kernels import cubins
-from dopsd_kernels.cubins import TARGETS, CompileCase, Resources
+from dopsd_kernels.cubins import TARGETS, Resources
 
 PACKAGE = Path(cubins.__file__).parent
-WHOLE, ENDS = (89, 90, 100), (80, 120)
-assert {*WHOLE, *ENDS} == {*TARGETS}
-
-
-def ends() -> list[tuple[str, CompileCase]]:
-    """The first and the last case of each kernel."""
-    by_kernel: dict[str, list[tuple[str, CompileCase]]] = {}
-    for module, case in cubins.all_cases():
-        by_kernel.setdefault(name_of(case), []).append((module, case))
-    return [one for cases in by_kernel.values() for one in cases[:: max(1, len(cases) - 1)][:2]]
-
-
-def name_of(case: CompileCase) -> str:
-    return getattr(case.kernel, "fn", case.kernel).__name__
-
-
-NAMED = """
-import json, sys
-from dataclasses import asdict
-from dopsd_kernels import cubins
-jobs = [(module, case, target) for target in json.loads(sys.argv[1]) for module, case in cubins.all_cases()
-        if case.name in json.loads(sys.argv[2]) and target >= case.least]
-print(json.dumps([asdict(cubins.resources(*job)) for job in jobs]))
-"""
 
 
 @pytest.fixture(scope="module")
 def compiled() -> list[Resources]:
-    whole = cubins.in_own_process(WHOLE, workers=min(2, os.cpu_count() or 1))
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"DOPSD_TRITON": "1"}
-    command = [sys.executable, "-c", NAMED, json.dumps(ENDS), json.dumps([case.name for _, case in ends()])]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    return whole + [Resources(**row) for row in json.loads(done.stdout)]
+    return cubins.in_own_process(workers=min(2, os.cpu_count() or 1))
 
 
-def test_every_case_compiles(compiled):
+def test_every_case_compiles_for_every_target(compiled):
     wrong = [f"{row.module}: {row.name} on sm_{row.target}: {row.error}" for row in compiled if row.error]
     assert wrong == []
-    expected = {(module, case.name, target) for module, case, target in cubins.wanted(WHOLE)}
-    expected |= {(module, case.name, target) for target in ENDS for module, case in ends() if target >= case.least}
+    expected = {(module, case.name, target) for module, case, target in cubins.wanted()}
     assert {(row.module, row.name, row.target) for row in compiled} == expected
     assert {row.target for row in compiled} == set(TARGETS)
     assert all(row.registers > 0 for row in compiled)
@@ -93,7 +58,7 @@ def jit_functions() -> set[str]:
 
 
 def test_every_launched_kernel_has_a_case():
-    cases = {name_of(case) for _, case in cubins.all_cases()}
+    cases = {getattr(case.kernel, "fn", case.kernel).__name__ for _, case in cubins.all_cases()}
     launched = launched_kernels()
     assert launched, "no launches found"
     by_name = {name.split(".")[-1] for name in launched} & jit_functions()
