@@ -16,6 +16,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,11 +66,16 @@ class Contest:
         found = summary(several) if several is values else {"value": values}
         return Row(*key, unit=unit, status=status, note=said, **found)
 
-    def lost(self, variant: str, error: BaseException | str) -> Iterator[Row]:
-        """A variant without a time."""
-        yield failed(self.suite, self.place(), variant, self.seconds, "s", error)
+    def lost(self, variant: str, error: BaseException | str, rounds: int = 0) -> Iterator[Row]:
+        """A variant without a time, and what was to be compared with it. rounds: those before it failed, whose rows are taken
+        back if they were told."""
+        keys = [(self.place(), variant, self.seconds, "s")]
         if variant in STRONGER or variant in self.peers:
-            yield failed(self.suite, self.place(variant), "ours", self.ratio, "x", error)
+            keys.append((self.place(variant), "ours", self.ratio, "x"))
+        if variant == "ours" and rounds:
+            keys += [(self.place(name), "ours", self.ratio, "x") for name in self.alive if name != "ours"]
+        for case, name, metric, unit in keys:
+            yield replace(failed(self.suite, case, name, metric, unit, error), n=rounds)
 
     def speeds(self, found: Seconds, amounts: Mapping[str, tuple[str, float]] = {}) -> Iterator[Row]:
         """Seconds and ratios of all, and for each of `amounts`, metric -> (unit, amount), the amount over the seconds."""
@@ -103,7 +110,8 @@ class Contest:
         self, calls: Mapping[str, Callable[[], Any]], rows: Callable[[Seconds], Iterator[Row]], usual: int = 20, tour: int = 5,
         warmup: int | None = None, kernel: bool = False,
     ) -> Iterator[Row]:
-        """`rows` of the seconds of `calls`, in turns. Each is called once before: what fails then is left out.
+        """`rows` of the seconds of `calls`, in turns. Each is called once before. What fails then, or in a later round, is left
+        out, and the others begin anew.
 
         usual, tour: rounds (`Options.repeats`). warmup: rounds before those that count, 2 and in the tour none if not said.
         kernel: the calls last microseconds."""
@@ -117,19 +125,29 @@ class Contest:
                 able[name] = call
             except Exception as error:
                 yield from self.lost(name, error)
-        if not able:
-            return
-        found, told = dict[str, list[float]](), time.monotonic()
-        try:
-            for found in in_turns(able, options.repeats(usual, tour), warmup, options.device, clock):
-                if time.monotonic() - told > TOLD_AGAIN:
-                    yield from rows(found)
-                    told = time.monotonic()
-        except Exception as error:
-            for name in able:
-                yield from self.lost(name, error)
-            return
-        yield from rows(found)
+        running = ""
+
+        def noted(name: str, call: Callable[[], Any]) -> None:
+            nonlocal running
+            running = name
+            call()
+
+        while able:
+            found, told, running = dict[str, list[float]](), time.monotonic(), ""
+            turns = {name: partial(noted, name, call) for name, call in able.items()}
+            try:
+                for found in in_turns(turns, options.repeats(usual, tour), warmup, options.device, clock):
+                    running = ""
+                    if time.monotonic() - told > TOLD_AGAIN:
+                        yield from rows(found)
+                        told = time.monotonic()
+                yield from rows(found)
+                return
+            except Exception as error:
+                if not running:  # it was no call that failed
+                    raise
+                yield from self.lost(running, error, min(map(len, found.values()), default=0))
+                del able[running]
 
     def forget(self) -> None:
         for one in self.alive.values():

@@ -54,7 +54,7 @@ class Live:
     def say(self, text: str) -> None:
         self.flush()
         self.doing = text
-        self.show()
+        self.show(at_once=self.line is None)
 
     def tick(self, variant: str, round_: str, left: float | None) -> None:
         self.show(f": {variant}, {round_}" + ("" if left is None else f", {timedelta(seconds=round(left))} left"))

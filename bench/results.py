@@ -94,10 +94,12 @@ class Options:
 
 
 def merged(rows: Iterable[Row]) -> list[Row]:
-    """One row of each key: the first of those with most measurements, a failed one only if there is no other."""
+    """One row of each key: the first of those with most measurements. A failed one only if there is no other, or where it takes
+    back as many measurements (`n`), since the program failed after them."""
     found: dict[tuple[str, str, str, str], Row] = {}
     for row in rows:
-        if row.key not in found or found[row.key].status == "failed" or found[row.key].n < row.n:
+        old = found.get(row.key)
+        if not old or old.status == "failed" or old.n < row.n or (row.status == "failed" and row.n == old.n):
             found[row.key] = row
     return list(found.values())
 

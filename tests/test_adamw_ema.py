@@ -128,6 +128,13 @@ def test_a_bf16_average_is_one_that_is_stored_in_bf16(name: str) -> None:
             # one ulp of bf16 where the fp32 update is rounded the other way
             torch.testing.assert_close(found, average.float(), rtol=2**-7, atol=0)
             assert torch.equal(found.bfloat16(), first) == (not moves)
+    param = torch.nn.Parameter(torch.full((64,), 1.0))
+    teacher = torch.full((64,), 1.0)
+    optimizer = AdamWEMA([param], lr=1e-3, ema_decay=0.9, ema_dtype=torch.bfloat16, teachers={param: teacher})
+    set_gradients([param], 0, torch.float32)
+    with backend.forced(name):
+        optimizer.step()
+    assert torch.equal(teacher, optimizer.read(param, "ema")) and torch.equal(teacher, teacher.bfloat16().float())
     with pytest.raises(ValueError, match="ema_dtype"):
         AdamWEMA(parameters(), ema_dtype=torch.float16)
     with pytest.raises(ValueError, match="ema_dtype"):

@@ -1,5 +1,6 @@
 """What a benchmark shows while it measures, and that its rows are on the disk whatever ends it."""
 
+import functools
 import io
 import os
 import re
@@ -142,6 +143,28 @@ def test_a_timing_that_is_stopped_leaves_its_finished_rounds(monkeypatch):
     assert found["lora/R1@K8", "ours"].metric == "speedup" and len(found) == 5
     for place in (("lora@K8", "R2"), ("lora/R2@K8", "ours")):
         assert (found[place].status, found[place].note) == ("failed", "Broken: no room")
+
+
+@pytest.mark.parametrize("broken", ["R2", "ours"])
+def test_what_fails_in_a_later_round_has_failed_and_the_others_begin_anew(broken, monkeypatch):
+    """Rows of its first rounds were told already; they are taken back, with those that compare something with it."""
+    monkeypatch.setattr(harness, "TOLD_AGAIN", -1.0)
+    contest = harness.Contest("step", "lora{}", Options("nano", torch.device("cpu"), threads=1, rounds=4))
+    counts = {"ours": 0, "R1": 0, "R2": 0}
+
+    def call(name):
+        counts[name] += 1
+        if name == broken and counts[name] == 4:  # after the first call and two rounds
+            raise RuntimeError("no room")
+
+    contest.alive = {name: None for name in counts}
+    rows = list(contest.time({name: functools.partial(call, name) for name in counts}, contest.speeds, warmup=0))
+    assert {row.status for row in rows} == {"ok", "failed"}
+    found = {(row.case, row.variant): row for row in merged(rows)}
+    lost = {"R2": {("lora", "R2"), ("lora/R2", "ours")}, "ours": {("lora", "ours"), ("lora/R1", "ours"), ("lora/R2", "ours")}}
+    assert {key for key, row in found.items() if row.status == "failed"} == lost[broken]
+    assert all(row.note == "RuntimeError: no room" if row.status == "failed" else row.n == 4 for row in found.values())
+    assert len(found) == 5
 
 
 def test_a_fallback_is_one_of_the_ratio_too():

@@ -106,6 +106,8 @@ def test_items_with_other_references_share_a_batch(family, encoders, transformer
         *encoders.student(PROMPTS[:1]),
         *encoders.teacher(PROMPTS[:1], [[picture(3)]]),
     ]
+    moved = contexts[3]["reference_ids"] + torch.tensor([0, 5, 0, 0])  # as many as the first item's, in other places
+    contexts[3] = contexts[3] | {"reference_ids": moved}
     x = torch.randn(4, *family.latent_shape(64, 80), generator=torch.Generator().manual_seed(0))
     t = torch.tensor([0.0, 0.3, 0.6, 0.9])
     together = family.velocity(transformer, x, t, contexts)

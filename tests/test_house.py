@@ -1,6 +1,7 @@
 """The house: which package of dopsd_fast may import which, and that none imports itself by way of another."""
 
 import ast
+import inspect
 from pathlib import Path
 from typing import get_args
 
@@ -107,4 +108,8 @@ def test_the_pair_forward_offers_what_the_contract_asks():
     asked = {name for name, value in vars(PairForward).items() if callable(value) and not name.startswith("_")}
     expected = {"layout", "prepare", "summed_parameters", "gather_units", "state_path", "prepare_path", "describe", "modules"}
     assert asked == expected
+    offered = inspect.signature(ZImagePair.forward)  # nn.Module's __call__ would take anything
+    wanted = inspect.signature(PairForward.__call__)
+    assert [p.annotation for p in offered.parameters.values()] == [p.annotation for p in wanted.parameters.values()]
+    assert offered.return_annotation == wanted.return_annotation
     assert all(callable(getattr(ZImagePair, name)) for name in asked)

@@ -6,14 +6,16 @@ import contextlib
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dopsd_fast.data.epochs import Item, item_noise
+from dopsd_fast.data.epochs import Item, item_noise, item_seed
 from dopsd_fast.method.objective import StepReport
+from dopsd_fast.method.trajectory import draw_times
 from dopsd_fast.run import trainer
 from dopsd_fast.run.metrics import MetricsLog, read_rows
 from dopsd_fast.run.pictures import Showcase, Shown
@@ -72,6 +74,20 @@ def test_inputs_belong_to_their_items(sees):
     teacher = [("teacher", 4, "prompt 4"), ("teacher", 2, "prompt 2")] if sees == "image" else student
     assert inputs.forward == (student, teacher, (2, 2, 2, 2))
     assert inputs.scale == 0.25 and list(inputs.grid) == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def test_times_and_second_noise_belong_to_the_appearance_of_an_item():
+    """Each purpose has numbers of its own, and each epoch."""
+    made = loop(seed=11)
+    made.objective.needs_times = made.objective.draws = True
+    later = [replace(item, epoch=4) for item in ITEMS]
+    first, second = made.inputs(ITEMS), made.inputs(later)
+    assert torch.equal(first.second_noise, torch.stack([item_noise(11, item, (2, 2, 2), "second noise") for item in ITEMS]))
+    assert not torch.equal(first.second_noise, first.noise)
+    seeds = [item_seed(11, item.epoch, item.record, item.repeat, "time") for item in ITEMS]
+    assert torch.equal(first.times, draw_times(seeds, 1.0))
+    for name in ("times", "noise", "second_noise"):
+        assert (getattr(first, name) != getattr(second, name)).any(dim=-1).all(), name
 
 
 def test_a_step_is_the_mean_of_its_micro_batches():

@@ -24,6 +24,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
     sys.path.insert(1, str(ROOT / "kernels"))
 
+import psutil  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -32,7 +33,7 @@ from dopsd_fast.conditioning.context import Shapes  # noqa: E402
 from dopsd_fast.errors import UserError  # noqa: E402
 from dopsd_fast.families.published import published_family  # noqa: E402
 from dopsd_fast.families.zimage.family import ZImage  # noqa: E402
-from dopsd_fast.memory import planner  # noqa: E402
+from dopsd_fast.memory import ledger, planner  # noqa: E402
 from dopsd_fast.memory.activations import LiveBytes  # noqa: E402
 from dopsd_fast.memory.ledger import PROCESS, Machine, shard  # noqa: E402
 from dopsd_fast.settings.load import RECIPES, load_settings  # noqa: E402
@@ -319,6 +320,27 @@ def test_advice_is_true(words: str, gpus: int, memory: float, host: float | None
     assert refused.table()[-1].endswith(refused.advice)
 
 
+def test_advice_keeps_the_samples_of_a_step() -> None:
+    settings = load_settings(["zimage_turbo_lora", "train.batch_size=4", "train.accumulation=3"])
+    words = next(words for words in planner._changes(settings, Machine(1, 1, 1, None, "cuda")) if "train.batch_size=1" in words)
+    smaller = planner.changed(settings, words)
+    assert smaller.train.batch_size * smaller.train.accumulation == 12
+
+
+def test_the_memory_of_a_node_is_shared_by_its_ranks() -> None:
+    """Offloaded to CPU memory, 8 ranks of one node need 8 times what one of them needs."""
+    words = "zimage_turbo_full deepspeed.config.zero_optimization.offload_optimizer.device=cpu"
+    alone = planned(words, 8, 1000).host_peak / 1e9
+    assert planned(words, 8, 1000, 8.01 * alone).fits and not planned(words, 8, 1000, 7.9 * alone).fits
+
+
+def test_a_trace_belongs_to_its_method() -> None:
+    """What is traced once is asked for again, but not for another number of graphs."""
+    one = planned("zimage_turbo_lora", 1, 1000).device_peak
+    assert planned("zimage_turbo_lora method.backward=k_graphs", 1, 1000).device_peak > one
+    assert planned("zimage_turbo_lora", 1, 1000).device_peak == one
+
+
 def test_advice_names_the_number_of_gpus_where_no_setting_helps() -> None:
     refused = planned("zimage_turbo_full adapter.kind=lora", 1, 10)
     assert not refused.fits and "no setting is enough on 1" in refused.advice
@@ -338,6 +360,14 @@ def test_shares_are_padded_tensor_by_tensor() -> None:
 def test_the_machine_here() -> None:
     here = Machine.here(2, 2, torch.device("cpu"))
     assert here.kind == "cpu" and here.device_bytes is None and here.host_bytes is not None and here.host_bytes > 1 << 28
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("1000000", 1_000_000), ("max", None), (str(1 << 62), None)])
+def test_a_containers_limit_counts_where_it_is_the_smaller(limit: str, expected: int | None, monkeypatch) -> None:
+    total = psutil.virtual_memory().total
+    monkeypatch.setattr(Path, "is_file", lambda path: path.name == "memory.max")
+    monkeypatch.setattr(Path, "read_text", lambda path: limit + "\n")
+    assert ledger._host_memory() == (expected or total)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------------

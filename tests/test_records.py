@@ -372,6 +372,7 @@ def test_buckets_are_the_authors_at_1024_and_multiples_elsewhere():
         assert all(side % multiple == 0 and side > 0 for size in sizes for side in size)
         assert {size[::-1] for size in sizes} == set(sizes)
     assert bucket_sizes(512, 16)[0] == (512, 512)
+    assert (368, 640) in bucket_sizes(512, 16)  # 360 lies in the middle of 352 and 368, and is rounded upwards
 
 
 def test_nearest_bucket_and_the_stated_size(tmp_path):
@@ -429,7 +430,18 @@ def test_small_set_wraps_round_with_new_repeats(tmp_path):
 def test_epochs_and_seeds_differ_and_repeat_themselves(two_buckets):
     plan = epoch_batches(two_buckets, 3, 7, 4)
     assert plan == epoch_batches(two_buckets, 3, 7, 4)
-    assert plan != epoch_batches(two_buckets, 4, 7, 4) and plan != epoch_batches(two_buckets, 3, 8, 4)
+    orders = {tuple((item.record, item.repeat) for batch in epoch_batches(two_buckets, epoch, seed, 4) for item in batch)
+              for epoch, seed in ((3, 7), (4, 7), (3, 8), (4, 8))}
+    assert len(orders) == 4
+
+
+def test_the_order_within_a_bucket_and_the_prompts_differ_from_epoch_to_epoch(tmp_path):
+    """One bucket and one batch: no order of batches hides that of the records."""
+    dataset = read(write_set(tmp_path))
+    epochs = [epoch_batches(dataset, epoch, 0, 4)[0] for epoch in range(12)]
+    assert len({tuple(item.record for item in batch) for batch in epochs}) > 4  # of 24
+    for record in range(4):
+        assert len({item.prompt_key for batch in epochs for item in batch if item.record == record}) > 1
 
 
 def test_prompts_are_all_drawn_and_do_not_depend_on_the_batch(tmp_path):

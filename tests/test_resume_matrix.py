@@ -106,8 +106,15 @@ def test_a_run_continues_in_another_arrangement(tmp_path: Path, change: str) -> 
     check(tmp_path, ["nano_full", *change.split()], ["nano_full"])
 
 
+def test_quantized_gradients_are_other_sums(tmp_path: Path) -> None:
+    sharded, name = ["nano_full", "deepspeed.stage=3"], "deepspeed.config.zero_optimization.zero_quantized_gradients"
+    for before, now in ((sharded, [*sharded, f"{name}=true"]), ([*sharded, f"{name}=true"], sharded)):
+        with pytest.raises(UserError, match=f"holds a run with {name}"):
+            check(tmp_path, before, now)
+
+
 @pytest.mark.parametrize("change", [
-    "deepspeed.config.zero_optimization.zero_quantized_gradients=true", "train.precision=bf16", "teacher.kind=frozen",
+    "train.precision=bf16", "teacher.kind=frozen",
     "deepspeed.config.gradient_predivide_factor=2.0", "train.grad_clip=0.5",
 ])
 def test_a_run_does_not_continue_with_other_numbers(tmp_path: Path, change: str) -> None:

@@ -1,18 +1,9 @@
-"""Sizes, epochs and randomness: which records form a batch, and which numbers belong to each of them.
-
-Everything here is a function of (seed, epoch, record, repeat). Rank, world size and the split of a batch into
-micro-batches never enter, so the same global batch is the same numbers on any number of processes.
-"""
+"""The sizes that pictures are cropped to, so that those of one size form a batch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 # (width, height) at the nominal resolution 1024: the 11 buckets of the authors' D-OPSD training script.
 _AT_1024 = (

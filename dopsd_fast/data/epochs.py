@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from dopsd_fast.data.records import Dataset
 
 
-
 @dataclass(frozen=True)
 class Item:
     """One sample of one step."""

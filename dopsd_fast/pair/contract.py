@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from dopsd_fast.conditioning.context import Context
 from dopsd_fast.pair.gradient_sums import GradientSums
 from dopsd_fast.pair.tape import Tape
-
-Branch = str
-""""student" or "teacher". The first of a call's branches carries gradient, the others none."""
+from dopsd_fast.pair.units import Branch, Layout
 
 
 class PairForward(Protocol):
@@ -30,12 +28,11 @@ class PairForward(Protocol):
     hooked: bool
     """Says that DeepSpeed's own hooks gather the units (deepspeed.gather=unit); their inputs must then require gradient."""
 
-    def layout(self, contexts: Sequence[Context], height: int, width: int, device: torch.device) -> Any:
-        """Returns where the tokens of one branch lie, for one context per item and latents of height x width. Its type is the
-        family's own affair, because only the family's `prepare` and `__call__` read it."""
+    def layout(self, contexts: Sequence[Context], height: int, width: int, device: torch.device) -> Layout:
+        """Returns where the tokens of one branch lie, for one context per item and latents of height x width."""
 
     def prepare(
-        self, branches: Sequence[Branch], contexts: Sequence[Sequence[Context]], layouts: Sequence[Any], dtype: torch.dtype
+        self, branches: Sequence[Branch], contexts: Sequence[Sequence[Context]], layouts: Sequence[Layout], dtype: torch.dtype
     ) -> list[Tensor]:
         """Computes the features that depend on neither the time nor the latents, so that all states share them, and returns
         one tensor a branch, in `dtype`. The first branch's tensor carries its graph."""
@@ -46,7 +43,7 @@ class PairForward(Protocol):
         t: Tensor,
         branches: Sequence[Branch],
         prepared: Sequence[Tensor],
-        layouts: Sequence[Any],
+        layouts: Sequence[Layout],
         sums: GradientSums | None = None,
         tape: Tape | None = None,
     ) -> tuple[Tensor, ...]:

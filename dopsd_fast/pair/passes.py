@@ -23,19 +23,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dopsd_fast.conditioning.context import Context
 from dopsd_fast.method.objective import Backward
-from dopsd_fast.pair.contract import Branch, PairForward
+from dopsd_fast.pair.contract import PairForward
 from dopsd_fast.pair.gradient_sums import GradientSums
 from dopsd_fast.pair.tape import Tape
+from dopsd_fast.pair.units import Branch
 
 BranchVelocity = Callable[[Tensor, Tensor, Sequence[Context]], Tensor]
 """(x `[B, C, h, w]`, t `[B]`, one context per item) -> v, shaped as x, of one branch."""
+
+
+class Through(Protocol):
+    """Gives `call(x, t)`: the `Pair`, through which every state goes, so that ZeRO-3 sees where a forward begins."""
+
+    def __call__(
+        self, x: Tensor, t: Tensor, *, call: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]: ...
+
 
 Turns = Sequence[tuple[Sequence[nn.Module], Callable[[], None]]]
 """(units, what to do while their weights are there), one after the other."""
@@ -69,14 +79,13 @@ class FusedForward:
     states' gradients for it are summed in fp32, and `finish` back-propagates them once. The table above says what happens
     to the parameters' gradients.
 
-    forward: the pair forward. call: the `Pair`, through which each state is called, so that ZeRO-3 sees where a forward
-    begins. branches: the contexts of each branch, one an item; the first branch carries gradient. shape: of the latents,
-    `[B, C, h, w]`. dtype, device: of the weights. gather, sweep: as in `Pair`."""
+    forward: the pair forward. call: the `Pair`. branches: the contexts of each branch, one an item; the first branch carries
+    gradient. shape: of the latents, `[B, C, h, w]`. dtype, device: of the weights. gather, sweep: as in `Pair`."""
 
     def __init__(
         self,
         forward: PairForward,
-        call: Callable[..., Any],
+        call: Through,
         branches: dict[Branch, Sequence[Context]],
         shape: Sequence[int],
         dtype: torch.dtype,

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dopsd_fast.conditioning.context import Context
 from dopsd_fast.method.objective import Forward
-from dopsd_fast.pair.contract import Branch, PairForward
+from dopsd_fast.pair.contract import PairForward
 from dopsd_fast.pair.lora import adapter_layers
 from dopsd_fast.pair.passes import FusedForward, Turns, TwoCalls
+from dopsd_fast.pair.units import Branch
 
 STUDENT, TEACHER = "student", "teacher"
 
@@ -23,6 +24,9 @@ Sampler = Callable[[Tensor, Tensor], Tensor]
 
 Velocity = Callable[[nn.Module, Tensor, Tensor, Sequence[Context]], Tensor]
 """(transformer, x `[B, C, h, w]`, t `[B]`, one context per item) -> v, shaped as x, as `families.base.Family.velocity`."""
+
+Velocities = TypeVar("Velocities")
+"""What a call for velocities gives: one tensor, or one a branch."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Pair(nn.Module):
         self._adapted = adapter_layers(student) if lora_config is not None else []
         self.has_teacher_adapter = any(TEACHER in layer.lora_A for layer in self._adapted)
 
-    def forward(self, x: Tensor, t: Tensor, *, call: Callable[[Tensor, Tensor], Any]) -> Any:
+    def forward(self, x: Tensor, t: Tensor, *, call: Callable[[Tensor, Tensor], Velocities]) -> Velocities:
         """Returns `call(x, t)`. Every state passes through here because ZeRO-3 records the order in which modules run from
         one call of this module to the next."""
         return call(x, t)

@@ -49,6 +49,7 @@ class BlockCall:
 
 
 Branch = str
+""""student" or "teacher". The first of a call's branches carries gradient, the others none."""
 
 
 def apply(module: nn.Module, x: Tensor, adapter: str) -> Tensor:

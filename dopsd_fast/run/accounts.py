@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dopsd_fast.conditioning.fingerprint import NOT_READ
 from dopsd_fast.distributed.consensus import Account
 from dopsd_fast.errors import UserError
+from dopsd_fast.settings.source import by_path
 from dopsd_fast.storage.digests import sampled_digest
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ LIBRARIES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "numpy",
 
 def of_program(settings: Settings) -> Account:
     """Returns the account of the program: versions, and settings that must be equal on all ranks."""
-    flat = {name: value for name, value in _flat(settings.model_dump()).items() if name not in OWN_ON_EACH_RANK}
+    flat = {name: value for name, value in by_path(settings.model_dump()).items() if name not in OWN_ON_EACH_RANK}
     return {"versions": _versions(), "settings": flat}
 
 
@@ -81,13 +82,6 @@ def _source_digest() -> str:
         for file in sorted(root.rglob("*.py")):
             hasher.update(f"{file.relative_to(root)}|".encode() + file.read_bytes())
     return hasher.hexdigest()[:12]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in tree.items():
-        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return out
 
 
 def _model_files(family: Family) -> dict[str, str]:

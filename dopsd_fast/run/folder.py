@@ -15,6 +15,7 @@ from dopsd_fast.data.records import some_of
 from dopsd_fast.errors import UserError
 from dopsd_fast.settings.load import load_settings
 from dopsd_fast.settings.schema import Settings
+from dopsd_fast.settings.source import by_path
 from dopsd_fast.storage import checkpoints
 from dopsd_fast.storage.atomic import link_tree, write_text
 
@@ -188,7 +189,7 @@ def _check_same(settings: Settings, run: Path, checkpoint: Path | None, global_b
     """Raises UserError where the run's settings differ from `settings` in a way that changes its numbers."""
     now, before = settings, load_settings([str(run / "settings.toml")])
     ran = checkpoints.read_extra(checkpoint).get("global_batch") if checkpoint is not None else None
-    old, new = _flat(before.model_dump()), _flat(now.model_dump())
+    old, new = by_path(before.model_dump()), by_path(now.model_dump())
     for name in new | old:
         value = new.get(name)
         if value == old.get(name) or name.startswith(MAY_CHANGE):
@@ -257,13 +258,6 @@ def _read_data(file: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged ({error}): it says which records this run began with; remove it to continue "
                         "without that check") from None
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in tree.items():
-        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return out
 
 
 def _silent(text: str) -> None:

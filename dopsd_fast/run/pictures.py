@@ -69,7 +69,8 @@ class Showcase:
             (self.folder / "before").mkdir(parents=True, exist_ok=True)
             for i, picture in enumerate(before):
                 if picture is not None:
-                    picture.save(self.folder / "before" / f"{i:02}.png")
+                    with replacing(self.folder / "before" / f"{i:02}.png", flush=False) as part:
+                        picture.save(part, format="PNG")
 
     def draw(self, step: int) -> None:
         """Draws the grid of step `step`."""

@@ -12,6 +12,7 @@ import torch
 from dopsd_fast.data.records import NAMED
 from dopsd_fast.method.objective import shows_images
 from dopsd_fast.run.parts import RunParts
+from dopsd_fast.storage.atomic import write_text
 
 
 def describe(parts: RunParts) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def first_screen(parts: RunParts) -> str:
     """What will be trained, on what, how and where, one line each. Rank 0 writes the same to environment.json."""
     d, s = describe(parts), parts.settings
     if parts.rank == 0:
-        (parts.folder / "environment.json").write_text(json.dumps(d, indent=1, default=str) + "\n")
+        write_text(parts.folder / "environment.json", json.dumps(d, indent=1, default=str) + "\n")
     trains = f"{s.adapter.kind}, {d['trainable'] / 1e6:.2f} M parameters"
     if s.adapter.kind == "lora":
         trains += f", rank {s.adapter.rank}, alpha {s.adapter.alpha:g}; on "

@@ -85,8 +85,7 @@ def deepspeed_config(settings: Settings) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": train.batch_size,
         "gradient_accumulation_steps": 1,  # one reduction a step; the loss carries 1 / accumulation
         "zero_optimization.stage": stage,
-        # At stage 0 the engine clips, and the optimizer holds the fp32 masters of bf16 parameters: to DeepSpeed, plain
-        # DDP.
+        # At stage 0 our own engine runs, which clips and holds the masters itself; the dict is only checked then.
         "gradient_clipping": train.grad_clip if stage else 0.0,
         "bf16.enabled": sharded_bf16,
         "fp16.enabled": False,

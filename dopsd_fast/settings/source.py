@@ -23,6 +23,14 @@ COMMAND_LINE = "the command line"
 Layers = dict[str, tuple[Any, str]]  # dotted field name -> (value, where it was set)
 
 
+def by_path(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted path -> value of everything in a tree of tables."""
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        out |= by_path(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out
+
+
 def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Dotted name and declaration of every field, sections opened."""
     for name, field in model.model_fields.items():

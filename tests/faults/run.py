@@ -150,7 +150,7 @@ def run(faults: list[Fault], work: Path) -> Iterable[tuple[Fault, str, str, floa
     (plug / "sitecustomize.py").write_text(PLUG, encoding="utf-8")
     copy_program(unchanged)
     tests = list(dict.fromkeys(test for fault in faults for test in fault.caught_by))
-    files = sorted({file_of(test) for test in tests})
+    files = sorted({file_of(test) for file in HERE.glob("*.patch") for test in read(file).caught_by})
     for fault in faults:
         apply(fault, Path(shutil.copytree(unchanged, work / fault.file.stem)))
     pool = ThreadPoolExecutor(AT_ONCE)
@@ -175,6 +175,9 @@ def main(wanted: list[str]) -> int:
     try:
         faults = [fault for fault in map(read, sorted(HERE.glob("*.patch")))
                   if not wanted or fault.file.name.partition("-")[0] in wanted]
+        unknown = set(wanted) - {fault.file.name.partition("-")[0] for fault in faults}
+        if unknown:
+            raise Wrong(f"no fault {', '.join(sorted(unknown))}: numbers are those of the files in {HERE}")
         with tempfile.TemporaryDirectory(prefix="faults-") as work:
             print("| fault | part | what is wrong | tests | caught | s |\n| --- | --- | --- | --- | --- | --- |")
             for fault, test, problem, seconds in run(faults, Path(work)):
