@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 # ---- --fast ----------------------------------------------------------------------------------------------------------
 
-WHOLE = ("subprocess", "multiprocessing", "bench", "dopsd_fast.nano", "tests.driving", "tests.ranks")
+WHOLE = ("subprocess", "multiprocessing", "bench", "dopsd_fast.nano", "tests.driving", "tests.ranks", "tests.template_family")
 """What a file of tests imports that starts processes, trains or measures. `--fast` leaves such files out."""
 STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
 

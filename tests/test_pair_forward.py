@@ -77,6 +77,21 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("targets", [(), EVERYWHERE])
+def test_what_the_states_share_gathers_its_gradient_in_fp32(targets):
+    """In bf16 a sum of many states' gradients would lose the small ones."""
+    case = Case(30, targets=targets, dtype=torch.bfloat16)
+    x, t, contexts, upstream = inputs(case, case.dtype)
+    both = models(case, case.dtype)
+    names = {branch: branch if targets else "" for branch in both}
+    pair = ZImagePair(both, names)
+    forward = FusedForward(pair, lambda x, t, call: call(x, t), contexts, x.shape, case.dtype, x.device)
+    for _ in range(2):
+        v_s = forward(x, t)[0]
+        (v_s.float() * upstream.float()).sum().backward()
+    assert forward.given[0].grad.dtype == torch.float32
+
+
 def draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
