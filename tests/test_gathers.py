@@ -15,6 +15,7 @@ from torch import nn
 
 from bench.models import Model
 from bench.references.reference_eager import ZIMAGE_TARGETS
+from bench.suites import zero
 from bench.suites.collectives import Collectives, Unaccounted
 from bench.suites.zero import STATES, Arrangement, Batch, Job, Ours, RankFailed, launch
 from tests import tiny
@@ -43,16 +44,27 @@ def without_memory(one: Arrangement, model: Model, rank: int, *_: int) -> dict[s
     return time.sleep(100) or {}
 
 
+def telling(one: Arrangement, model: Model, rank: int, *_: int) -> dict[str, Any]:
+    print(f"of a library\n{zero.TOLD}ours|step 2 of 5|{40 + rank}.5", flush=True)
+    time.sleep(4 * zero.LOOKING)
+    return {"first_loss": 1.0, "steps": [], "seconds_per_step": [], "peak_bytes": []}
+
+
 def killed(one: Arrangement, model: Model, rank: int, *_: int) -> dict[str, Any]:
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return time.sleep(100) or {}
 
 
-def test_what_ended_a_rank_is_said_the_others_end_and_the_next_job_begins():
-    jobs = [Job(2, [STEP], str(tiny.shared("zimage")), 0, 0, call) for call in (without_memory, killed)]
+def test_what_ended_a_rank_is_said_the_others_end_and_the_next_job_begins(monkeypatch):
+    """And how far a job is, as its first rank tells it."""
+    told: list[tuple[str, str, float]] = []
+    monkeypatch.setattr(zero, "tick", lambda *said: told.append(said))
+    jobs = [Job(2, [STEP], str(tiny.shared("zimage")), 0, 0, call) for call in (telling, without_memory, killed)]
     began = time.monotonic()
-    errors = list(launch("cpu", jobs))
+    whole, *errors = launch("cpu", jobs)
+    assert whole == [{"first_loss": 1.0, "steps": [], "seconds_per_step": [], "peak_bytes": []}]
+    assert set(told) == {("ours", "step 2 of 5", 40.5)}
     assert time.monotonic() - began < 90 and all(isinstance(error, RankFailed) for error in errors)
     assert list(map(str, errors)) == ["rank 1: MemoryError: no more", "rank 1: process 1 terminated with signal SIGKILL"]
 

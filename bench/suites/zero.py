@@ -45,7 +45,7 @@ from torch import multiprocessing
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from bench.clock import summary, synchronize
-from bench.live import say
+from bench.live import say, tick
 from bench.models import Model
 from bench.processes import free_port, rank_environment
 from bench.references.plain_zero import LIKE_A_LARGE_MODEL, PlainZero
@@ -68,6 +68,8 @@ SAME_LOSS = {"fp32": 1e-3, "bf16": 0.1}
 """Largest relative difference of the first loss from plain's that is rounding and no other work."""
 STATES = 4
 LEARNING_RATE = 1e-4
+TOLD, LOOKING = "bench zero ", 0.5
+"""How a rank's line begins that says how far it is, as "variant|step|seconds left"; seconds between two looks at it."""
 PATIENCE = timedelta(minutes=5)
 """How long a rank waits in a collective for the others."""
 PRELOAD = ["deepspeed", "peft", "diffusers.models.transformers.transformer_z_image", "bench.suites.zero"]
@@ -234,16 +236,27 @@ def examine(one: Arrangement, model: Model, rank: int, counted: int, timed: int)
     clock."""
     torch.manual_seed(0)
     program = (Plain if one.plain else Ours)(one, Batch(model, rank))
+    whole, began = 1 + counted + timed, time.monotonic()
+
+    def tell(done: int) -> None:
+        left = (time.monotonic() - began) / done * (whole - done)
+        print(f"{TOLD}{one.variant}|step {done} of {whole}|{left}", flush=True)
+
     first_loss = program.step()
-    steps = [program.counted() for _ in range(counted)]
+    tell(1)
+    steps = []
+    for number in range(counted):
+        steps.append(program.counted())
+        tell(2 + number)
     seconds = []
-    for _ in range(timed):
+    for number in range(timed):
         torch.distributed.barrier()
         synchronize(model.device)
         started = time.perf_counter()
         program.step()
         synchronize(model.device)
         seconds.append(time.perf_counter() - started)
+        tell(2 + counted + number)
     peak = [torch.cuda.max_memory_allocated()] if model.device.type == "cuda" else []
     program.close()
     return {"first_loss": first_loss, "steps": steps, "seconds_per_step": seconds, "peak_bytes": peak,
@@ -280,15 +293,26 @@ def launch(device: str, jobs: Sequence[Job]) -> Iterator[list[dict[str, Any]] | 
         say(f"zero: {', '.join(one.case + ', plain' * one.plain for one in job.arrangements)}, {job.world} ranks")
         with tempfile.TemporaryDirectory(prefix="bench-zero-") as folder, mock.patch.dict(os.environ, environment):
             try:
-                start_processes(  # daemons, so that they end with this process
-                    rank, (job, folder, free_port()), job.world, daemon=True,
+                ranks = start_processes(  # daemons, so that they end with this process
+                    rank, (job, folder, free_port()), job.world, join=False, daemon=True,
                     start_method="forkserver" if device == "cpu" else "spawn")
+                while not ranks.join(LOOKING):
+                    pass_on(Path(folder) / "0.log")
             except ProcessException as error:
                 lines = takewhile(lambda line: not line.startswith(" "), reversed(str(error).strip().splitlines()))
                 found: Any = RankFailed(f"rank {error.error_index}: {' '.join([*lines][::-1])}")
             else:
                 found = json.loads((Path(folder) / "found.json").read_text())
         yield found
+
+
+def pass_on(log: Path) -> None:
+    """The last that a rank told of itself."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    told = [line.removeprefix(TOLD) for line in lines if line.startswith(TOLD) and line.count("|") == 2]
+    if told:
+        variant, done, left = told[-1].split("|")
+        tick(variant, done, float(left))
 
 
 def rank(index: int, job: Job, folder: str, port: int) -> None:
